@@ -1,0 +1,1 @@
+"""Distributed training of multi-scenario recommenders with sharded embedding tables."""

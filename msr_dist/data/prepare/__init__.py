@@ -1,0 +1,1 @@
+"""From raw files to canonical parquet and `schema.toml`: one file per kind of source."""

@@ -1,0 +1,45 @@
+"""What every model is: a plain module from dense inputs to one logit per label.
+
+Shapes: `B` rows of a batch, `D` width of a feature group, `S` scenarios, `T` labels.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from msr_dist.config import Kinded
+from msr_dist.schema import FeatureSchema
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a backbone sees of a batch: embeddings are looked up, tables and ranks are out of sight."""
+
+    groups: dict[str, Tensor]
+    """Feature group -> `[B, D]`, widths as `FeatureSchema.group_widths` says."""
+    scenario: Tensor
+    """`[B]` int64."""
+    row: Tensor
+    """`[B]` int64, distinct for every row of the run: dropout draws by it, so that a mask belongs to the row."""
+
+    def joined(self) -> Tensor:
+        """All groups side by side: `[B, sum of widths]`."""
+        return torch.cat(list(self.groups.values()), dim=1)
+
+
+class Backbone(nn.Module, ABC):
+    """A multi-scenario model without its embedding tables. Subclasses are final."""
+
+    @abstractmethod
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Logits `[B, T]`: column t is the log odds of label t under the row's own scenario."""
+
+
+class BackboneConfig(Kinded, ABC):
+    """Settings of a backbone: each file in `models/` has one final subclass called `Config`."""
+
+    @abstractmethod
+    def build(self, schema: FeatureSchema) -> Backbone:
+        """The module for this schema; parameters are drawn from torch's global generator."""

@@ -1,0 +1,156 @@
+"""What a row is. A `FeatureSchema` stands as `schema.toml` beside the parquet, so that the data describe themselves.
+
+    DATA/
+      schema.toml
+      train/part-00000.parquet ...   one folder per split: train, valid, test
+      vocabulary/TABLE.parquet       row, id, count: which raw id became which row of a table
+      users.parquet, items.parquet   one line per known id: row, id, and text columns, where the source has any
+      oracle.json                    the best possible metrics, where the data were planted
+
+Columns of a split: one int64 per single-valued feature, one list<int64> per multi-valued feature, one float32 per numeric
+feature, `scenario` (int32), and per label one uint8 plus its optional mask (bool) and weight (float32).
+Row 0 of every table is reserved for ids that the training split does not hold.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from msr_dist.config import Config, dump, load
+
+SCHEMA_FILE = "schema.toml"
+SPLITS = ("train", "valid", "test")
+UNSEEN = 0
+"""The row of every table for ids that training never saw."""
+
+
+class Scenario(Config):
+    """One of the scenarios that a model serves."""
+
+    id: int = Field(ge=0)
+    """Its value in the scenario column; ids run from 0 without gaps."""
+    name: str = Field(min_length=1)
+    text: str = ""
+    """A sentence that describes it, for people and for language models."""
+
+
+class Table(Config):
+    """An embedding table."""
+
+    name: str = Field(min_length=1)
+    rows: int = Field(ge=1)
+    """Number of embedding vectors, the reserved row 0 included."""
+    width: int = Field(default=16, ge=4, multiple_of=4)
+    """Length of one vector; fbgemm's kernels want a multiple of 4."""
+    precision: Literal["fp32", "fp16"] = "fp32"
+
+
+class Feature(Config):
+    """A column of ids that is looked up in a table; many features may share one table."""
+
+    name: str = Field(min_length=1)
+    table: str
+    group: str = "context"
+    """Which tensor of the backbone's input it becomes part of, such as user, item or context."""
+    pooling: Literal["sum", "mean"] | None = None
+    """How the vectors of a list are joined; None says that the column holds one id per row."""
+
+
+class Numeric(Config):
+    """A column of numbers, standardised with `mean` and `std` of the training split when the data were prepared."""
+
+    name: str = Field(min_length=1)
+    group: str = "context"
+    mean: float = 0.0
+    std: float = Field(default=1.0, gt=0)
+
+
+class Label(Config):
+    """A column of 0 and 1 that the model predicts: one column of its logits `[B, T]`."""
+
+    name: str = Field(min_length=1)
+    mask: str | None = None
+    """A boolean column: where it is false, the label of the row is unknown."""
+    weight: str | None = None
+    """A column of non-negative weights of the row in this label's loss and metrics."""
+
+
+class FeatureSchema(Config):
+    """Tables, features, scenarios and labels of one prepared data set."""
+
+    format: Literal[1] = 1
+    user: str
+    """The feature that identifies the user: groups the user-grouped AUC."""
+    item: str
+    """The feature that identifies the item."""
+    time: str | None = None
+    """The column that orders the rows in time (unix seconds, int64), if there is one."""
+    scenario: str = "scenario"
+    """The column of scenario ids."""
+    labels: tuple[Label, ...] = Field(min_length=1)
+    scenarios: tuple[Scenario, ...] = Field(min_length=1)
+    tables: tuple[Table, ...] = Field(min_length=1)
+    features: tuple[Feature, ...] = Field(min_length=1)
+    numerics: tuple[Numeric, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _unique("tables", (table.name for table in self.tables))
+        _unique("columns", self.columns())
+        _unique("scenario names", (scenario.name for scenario in self.scenarios))
+        if [scenario.id for scenario in self.scenarios] != list(range(len(self.scenarios))):
+            raise ValueError("scenarios: ids must run 0, 1, 2, ... in the order of the list")
+        poolings: dict[str, str] = {}
+        for feature in self.features:
+            if feature.table not in {table.name for table in self.tables}:
+                raise ValueError(f"features.{feature.name}: there is no table {feature.table!r}")
+            if feature.pooling and poolings.setdefault(feature.table, feature.pooling) != feature.pooling:
+                raise ValueError(f"features.{feature.name}: lists over table {feature.table!r} must share one pooling")
+        for role in (self.user, self.item):
+            if not any(feature.name == role and feature.pooling is None for feature in self.features):
+                raise ValueError(f"{role!r} stands as user or item, but is no single-valued feature")
+        return self
+
+    def columns(self) -> list[str]:
+        """Every column that a model or its loss reads, in a fixed order."""
+        names = [feature.name for feature in self.features] + [numeric.name for numeric in self.numerics]
+        for label in self.labels:
+            names += [column for column in (label.name, label.mask, label.weight) if column]
+        return [*names, self.scenario]
+
+    def table(self, name: str) -> Table:
+        """The table called `name`."""
+        return next(table for table in self.tables if table.name == name)
+
+    def group_widths(self) -> dict[str, int]:
+        """Width of each feature group's tensor: its features' table widths and one per numeric, in schema order."""
+        widths: dict[str, int] = {}
+        for feature in self.features:
+            widths[feature.group] = widths.get(feature.group, 0) + self.table(feature.table).width
+        for numeric in self.numerics:
+            widths[numeric.group] = widths.get(numeric.group, 0) + 1
+        return widths
+
+    def with_tables(self, tables: Mapping[str, Table]) -> "FeatureSchema":
+        """The same schema with some tables replaced."""
+        return self.model_copy(update={"tables": tuple(tables.get(table.name, table) for table in self.tables)})
+
+    def save(self, folder: Path) -> None:
+        """Write `schema.toml` into `folder`."""
+        (folder / SCHEMA_FILE).write_text(dump(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> "FeatureSchema":
+        """Read `schema.toml` of `folder`; ValueError where it is absent or wrong."""
+        if not (folder / SCHEMA_FILE).is_file():
+            raise ValueError(f"{folder}: no {SCHEMA_FILE} there; make the data with `msr-dist prepare`")
+        return load(cls, folder / SCHEMA_FILE)
+
+
+def _unique(what: str, names: Iterable[str]) -> None:
+    listed = list(names)
+    twice = sorted({name for name in listed if listed.count(name) > 1})
+    if twice:
+        raise ValueError(f"{what}: {', '.join(twice)} occurs twice")
