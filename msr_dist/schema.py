@@ -7,7 +7,7 @@
       users.parquet, items.parquet   one line per known id: row, id, and text columns, where the source has any
       oracle.json                    the best possible metrics, where the data were planted
 
-Columns of a split: one int64 per single-valued feature, one list<int64> per multi-valued feature, one float32 per numeric
+Columns of a split: one int64 per single-valued feature, one list<int64> per multi-valued one, one float32 per numeric
 feature, `scenario` (int32), and per label one uint8 plus its optional mask (bool) and weight (float32).
 Row 0 of every table is reserved for ids that the training split does not hold.
 """
