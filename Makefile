@@ -1,0 +1,42 @@
+# Everything runs in .venv, which the first target makes and later ones reuse.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+QUICKSTART := data/quickstart
+
+.PHONY: help install quickstart test lint format clean
+help:
+	@echo "make quickstart   train on planted data with two Ray workers, see the quality per scenario"
+	@echo "make test         run the tests"
+	@echo "make lint         ruff, mypy and the import contracts"
+	@echo "make install      only make .venv and install what requirements-cpu.txt pins"
+
+$(INSTALLED): requirements-cpu.txt requirements-common.txt pyproject.toml shims/fbgemm-gpu/pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"make: Python {v[0]}.{v[1]} found, 3.11 or 3.12 needed: make PYTHON=/path/to/python3.11")'
+	@echo "installing into .venv (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-cpu.txt
+	@$(BIN)/pip check
+	@touch $@
+
+install: $(INSTALLED)
+
+quickstart: $(INSTALLED)
+	@test -f $(QUICKSTART)/schema.toml || $(BIN)/msr-dist prepare synthetic $(QUICKSTART)
+	@$(BIN)/msr-dist train jobs/configs/quickstart.toml name=quickstart-$$(date +%m%d-%H%M%S) --launcher ray --workers 2
+
+test: $(INSTALLED)
+	@$(BIN)/pytest
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean:
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache
