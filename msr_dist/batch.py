@@ -16,7 +16,7 @@ class ScenarioBatch(Pipelineable):
     """The rows of one rank in one step."""
 
     ids: KeyedJaggedTensor
-    """Every feature's ids; keys and order as in the schema."""
+    """Every feature's ids, by feature name."""
     numeric: Tensor
     """`[B, N]` fp32."""
     scenario: Tensor
@@ -26,9 +26,11 @@ class ScenarioBatch(Pipelineable):
     weights: Tensor
     """`[B, T]` fp32: weight of the row in each label, 0 where its mask says that the label is unknown."""
     row: Tensor
-    """`[B]` int64: distinct for every row of the run (epoch and place in the epoch), the same at any world size."""
-    global_rows: int
-    """Rows of all ranks in this step."""
+    """`[B]` int64: distinct for every row of the run (epoch and place in the epoch), the same at any world size; -1 for
+    rows that only make all ranks' batches equally large, whose weights are 0."""
+    rows_per_rank: float
+    """Rows of all ranks in this step divided by the world size: a sum over this rank's rows divided by it is, averaged
+    over ranks, the mean over the global batch."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "ScenarioBatch":
         """The batch on another device."""
@@ -40,7 +42,7 @@ class ScenarioBatch(Pipelineable):
             labels=self.labels.to(device, non_blocking=non_blocking),
             weights=self.weights.to(device, non_blocking=non_blocking),
             row=self.row.to(device, non_blocking=non_blocking),
-            global_rows=self.global_rows,
+            rows_per_rank=self.rows_per_rank,
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -58,5 +60,5 @@ class ScenarioBatch(Pipelineable):
             labels=self.labels.pin_memory(),
             weights=self.weights.pin_memory(),
             row=self.row.pin_memory(),
-            global_rows=self.global_rows,
+            rows_per_rank=self.rows_per_rank,
         )

@@ -102,12 +102,9 @@ class FeatureSchema(Config):
         _unique("scenario names", (scenario.name for scenario in self.scenarios))
         if [scenario.id for scenario in self.scenarios] != list(range(len(self.scenarios))):
             raise ValueError("scenarios: ids must run 0, 1, 2, ... in the order of the list")
-        poolings: dict[str, str] = {}
         for feature in self.features:
             if feature.table not in {table.name for table in self.tables}:
                 raise ValueError(f"features.{feature.name}: there is no table {feature.table!r}")
-            if feature.pooling and poolings.setdefault(feature.table, feature.pooling) != feature.pooling:
-                raise ValueError(f"features.{feature.name}: lists over table {feature.table!r} must share one pooling")
         for role in (self.user, self.item):
             if not any(feature.name == role and feature.pooling is None for feature in self.features):
                 raise ValueError(f"{role!r} stands as user or item, but is no single-valued feature")

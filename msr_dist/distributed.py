@@ -1,0 +1,74 @@
+"""Which rank this process is, and the process group that joins it to the others.
+
+Every launcher (local processes, torchrun, Ray) says it in the same environment variables; a process group that one has
+opened already is used as it is.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import FileStore, HashStore  # type: ignore[attr-defined]
+
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""Process group per device type; gloo stays beside NCCL for what lives in main memory, such as metrics."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among all processes of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @classmethod
+    def imagined(cls, world_size: int) -> "World":
+        """Rank 0 of a world on one host that does not exist, to plan for."""
+        return cls(0, world_size, 0, world_size, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise sum of a CPU tensor over all ranks."""
+        dist.all_reduce(values)
+        return values
+
+
+@contextmanager
+def open_world() -> Iterator[World]:
+    """Read the environment and, if no process group is open, open one for as long as the context lasts."""
+    rank, world_size = _variable("RANK", 0), _variable("WORLD_SIZE", 1)
+    local_rank = _variable("LOCAL_RANK", rank)
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    opened = not dist.is_initialized()
+    if opened:
+        store = _store(world_size)
+        dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=world_size)
+    try:
+        yield World(rank, world_size, local_rank, _variable("LOCAL_WORLD_SIZE", world_size), device)
+    finally:
+        if opened:
+            dist.destroy_process_group()
+
+
+def _store(world_size: int) -> dist.Store | None:
+    """How ranks find each other; None leaves it to MASTER_ADDR and MASTER_PORT, as torchrun sets them."""
+    if world_size == 1:
+        return HashStore()
+    meeting = os.environ.get("MSR_DIST_MEETING")
+    return FileStore(meeting, world_size) if meeting else None
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0, asked before any process group is open."""
+    return _variable("RANK", 0) == 0
+
+
+def _variable(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
