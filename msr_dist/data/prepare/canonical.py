@@ -1,0 +1,161 @@
+"""Prepares a data set: raw rows of any source to canonical parquet, whole or not at all.
+
+    config = kind_config("msr_dist.data.prepare", "movielens")(raw=Path("ml-1m.zip"))
+    report = prepare(config, Path("data/movielens"))
+
+Order of the work: stage and check the raw rows, assign the splits, fit vocabularies and statistics on the training
+rows, encode, write. Equal input and settings give equal bytes, whatever the number of threads.
+"""
+
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+from pydantic import Field
+
+from msr_dist.config import Kinded, dump
+from msr_dist.data.prepare.database import Database, first_line
+from msr_dist.data.prepare.encode import arrow_schema, encode, stream_split
+from msr_dist.data.prepare.mapping import History, Raw, Split
+from msr_dist.data.prepare.nulls import null_warnings
+from msr_dist.data.prepare.plan import Plan, make_plan
+from msr_dist.data.prepare.report import PrepareReport, Tally, in_split_order
+from msr_dist.data.prepare.split import assign_splits
+from msr_dist.data.prepare.stage import stage
+from msr_dist.data.prepare.vocabulary import fit_vocabularies, write_vocabularies
+from msr_dist.data.prepare.write import write_split
+from msr_dist.schema import SPLITS, Feature, FeatureSchema, Label, Numeric, Scenario, Table
+
+Progress = Callable[[str], None]
+
+
+class PrepareConfig(Kinded, ABC):
+    """Settings that every kind of source shares; each file here has one final subclass called `Config`."""
+
+    split: Split = Split()
+    history: History | None = None
+    """A feature with the user's last positive items; absent unless the section is there."""
+    min_count: int = Field(default=1, ge=1)
+    """Ids with fewer training rows share the reserved row 0."""
+    width: int = Field(default=16, ge=4, multiple_of=4)
+    """Length of the embedding vectors that schema.toml proposes for every table."""
+    row_group_rows: int = Field(default=65536, ge=1)
+    """Greatest number of rows of a row group; smaller where a split would have fewer than 96 of them."""
+    rows_per_file: int = Field(default=4_000_000, ge=1)
+    """About how many rows a file holds."""
+    memory_limit: str = "2GB"
+    """What DuckDB may use; beyond it, it spills to disk beside the output."""
+    threads: int | None = Field(default=None, ge=1)
+    """DuckDB's threads; by default one per core."""
+    overwrite: bool = False
+    """Replace an output folder that holds something, once the new one is complete."""
+
+    @abstractmethod
+    def open(self, database: Database) -> Raw:
+        """Make views of the raw rows in `database`; `database.folder` is there for intermediate files."""
+
+    def finish(self, database: Database, raw: Raw, out: Path) -> None:
+        """Write what else belongs into `out`, when `events` holds all rows with their splits."""
+
+
+def prepare(config: PrepareConfig, out: Path, progress: Progress | None = None) -> PrepareReport:
+    """Write the data set that `config` describes to the folder `out`, and say what is in it.
+
+    Args:
+        config: a `Config` of one of the files in this package.
+        out: a folder that is absent or empty, unless `config.overwrite`.
+        progress: is called with a few words at the beginning of each step.
+
+    Raises:
+        ValueError: one line: what was found, where, what to do. `out` is as it was before.
+    """
+    if out.exists() and not (out.is_dir() and (config.overwrite or not any(out.iterdir()))):
+        raise ValueError(f"{out}: there is something already; give another folder, or set overwrite=true to replace it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.preparing-", dir=out.parent))
+    try:
+        for folder in ("work", "data"):
+            (scratch / folder).mkdir()
+        report = _build(config, scratch, out, progress or (lambda _: None))
+        _put_in_place(scratch, out)
+        return report
+    except duckdb.Error as error:
+        advice = "is the disk full, or memory_limit too small?"
+        raise ValueError(f"{config.kind}: the database failed ({first_line(error)}); {advice}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _build(config: PrepareConfig, scratch: Path, out: Path, progress: Progress) -> PrepareReport:
+    """Write everything to `scratch`/data."""
+    folder = scratch / "data"
+    with Database(scratch / "work", config.memory_limit, config.threads) as database:
+        progress("reading and checking the raw rows")
+        raw = config.open(database)
+        if config.split.kind == "time" and raw.columns.time is None:
+            raise ValueError(
+                'split.kind "time" needs columns.time, which is not set; name it, or split.kind = "random"'
+            )
+        plan = make_plan(raw, config.history)
+        stage(database, plan, config.split)
+        progress("assigning the splits")
+        counts = assign_splits(database, config.split, raw.scenarios)
+        progress("fitting vocabularies")
+        tables = fit_vocabularies(database, plan, config.min_count)
+        write_vocabularies(database, plan, folder)
+        progress("encoding")
+        numerics = encode(database, plan, config.split)
+        schema = _schema(plan, tables, numerics, config.width)
+        schema.save(folder)
+        tallies = {}
+        for place, split in enumerate(SPLITS):
+            progress(f"writing {split}")
+            tallies[split] = tally = Tally(schema)
+            batches = map(tally.add, stream_split(database, plan, numerics, place))
+            rows = sum(of_scenario[place] for of_scenario in counts)
+            write_split(folder / split, arrow_schema(plan), batches, rows, config.row_group_rows, config.rows_per_file)
+        config.finish(database, raw, folder)
+        warnings = (*null_warnings(database, plan), *(w for name, each in tallies.items() for w in each.warnings(name)))
+    (folder / "prepare.toml").write_text(dump(config))
+    return PrepareReport(
+        out=out,
+        rows={split: int(tally.rows.sum()) for split, tally in tallies.items()},
+        scenarios=in_split_order({split: tally.report(split) for split, tally in tallies.items()}),
+        tables=tables,
+        users=tables[plan.user.table] - 1,
+        items=tables[plan.item.table] - 1,
+        warnings=warnings,
+    )
+
+
+def _schema(plan: Plan, tables: dict[str, int], numerics: tuple[Numeric, ...], width: int) -> FeatureSchema:
+    features = [Feature(name=f.name, table=f.table, group=f.group, pooling=f.pooling) for f in plan.features]
+    if plan.history:
+        name, group, pooling = plan.history.name, plan.history.group, plan.history.pooling
+        features.append(Feature(name=name, table=plan.item.table, group=group, pooling=pooling))
+    columns = plan.raw.columns
+    return FeatureSchema(
+        user=plan.user.name,
+        item=plan.item.name,
+        time="time" if columns.time else None,
+        labels=tuple(Label(name=label.name, mask=label.mask, weight=label.weight) for label in columns.labels),
+        scenarios=tuple(Scenario(id=place, name=s.name, text=s.text) for place, s in enumerate(plan.raw.scenarios)),
+        tables=tuple(Table(name=name, rows=rows, width=width) for name, rows in tables.items()),
+        features=tuple(features),
+        numerics=numerics,
+    )
+
+
+def _put_in_place(scratch: Path, out: Path) -> None:
+    """Rename the finished folder to `out`; what was there goes only now."""
+    if out.exists():
+        out.rename(scratch / "before")
+    try:
+        (scratch / "data").rename(out)
+    except OSError:
+        if (scratch / "before").exists():
+            (scratch / "before").rename(out)
+        raise

@@ -1,0 +1,167 @@
+"""Canonical rows: ids as rows of their tables, numbers standardised, histories looked up; streamed in time order."""
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from msr_dist.data.prepare.database import Database, quoted
+from msr_dist.data.prepare.mapping import SourceName, Split
+from msr_dist.data.prepare.plan import Plan, PlannedFeature, PlannedNumeric
+from msr_dist.data.prepare.vocabulary import vocabulary
+from msr_dist.schema import Numeric
+
+BATCH_ROWS = 1 << 17
+"""Rows per Arrow batch between DuckDB and the parquet writer."""
+
+
+def encode(database: Database, plan: Plan, split: Split) -> tuple[Numeric, ...]:
+    """Make the tables that `stream_split` joins. Returns the numeric features with their statistics."""
+    for feature in plan.features:
+        if feature.pooling:
+            _encode_list(database, feature)
+    for source in ("users", "items"):
+        _encode_entity(database, plan, source)
+    if plan.history:
+        _trail(database, plan, split)
+    with database.single_threaded():
+        return tuple(_statistics(database, numeric) for numeric in plan.numerics)
+
+
+def stream_split(database: Database, plan: Plan, numerics: Sequence[Numeric], split: int) -> Iterator[pa.RecordBatch]:
+    """The rows of one split in the order of time, then of the raw files; columns as `arrow_schema` names them."""
+    features = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in _selected(plan, numerics).items())
+    return database.stream(
+        f"SELECT {features} FROM events e {' '.join(_joins(plan))} WHERE e.split = {split} ORDER BY e.time, e.row",
+        BATCH_ROWS,
+    )
+
+
+def arrow_schema(plan: Plan) -> pa.Schema:
+    """Columns and types of a split's files."""
+    fields = [pa.field(f.name, pa.list_(pa.int64()) if f.pooling else pa.int64()) for f in plan.features]
+    if plan.history:
+        fields.append(pa.field(plan.history.name, pa.list_(pa.int64())))
+    fields += [pa.field(numeric.name, pa.float32()) for numeric in plan.numerics]
+    for label in plan.raw.columns.labels:
+        fields.append(pa.field(label.name, pa.uint8()))
+        fields += [pa.field(label.mask, pa.bool_())] if label.mask else []
+        fields += [pa.field(label.weight, pa.float32())] if label.weight else []
+    fields.append(pa.field("scenario", pa.int32()))
+    return pa.schema([*fields, pa.field("time", pa.int64())] if plan.raw.columns.time else fields)
+
+
+def _selected(plan: Plan, numerics: Sequence[Numeric]) -> dict[str, str]:
+    """Output column -> SQL, in the order of `arrow_schema`."""
+    selected = {feature.name: _selected_feature(plan, feature) for feature in plan.features}
+    if plan.history:
+        selected[plan.history.name] = "coalesce(h.items, [])"
+    for planned, numeric in zip(plan.numerics, numerics, strict=True):
+        value = f"{_alias(planned.source)}.{quoted(planned.staged)}"
+        standard = f"(coalesce({value}, {numeric.mean!r}) - {numeric.mean!r}) / {numeric.std!r}"
+        selected[planned.name] = f"CAST({standard} AS FLOAT)"
+    for place, label in enumerate(plan.raw.columns.labels):
+        selected[label.name] = f"CAST(e.{quoted(f'label:{place}')} AS UTINYINT)"
+        selected |= {label.mask: f"e.{quoted(f'mask:{place}')}"} if label.mask else {}
+        selected |= {label.weight: f"e.{quoted(f'weight:{place}')}"} if label.weight else {}
+    selected["scenario"] = "e.scenario"
+    return selected | ({"time": "e.time"} if plan.raw.columns.time else {})
+
+
+def _selected_feature(plan: Plan, feature: PlannedFeature) -> str:
+    if feature == plan.user:
+        return "coalesce(u.row, 0)"
+    if feature == plan.item:
+        return "coalesce(i.row, 0)"
+    if feature.source != "interactions":
+        absent = "[]" if feature.pooling else "0"
+        return f"coalesce({_alias(feature.source)}.{quoted(feature.staged)}, {absent})"
+    column, absent = ("list", "[]") if feature.pooling else ("row", "0")
+    return f"coalesce({quoted(feature.staged)}.{column}, {absent})"
+
+
+def _joins(plan: Plan) -> list[str]:
+    joins = ["LEFT JOIN user_rows u ON u.id = e.user", "LEFT JOIN item_rows i ON i.id = e.item"]
+    for feature in plan.side("interactions"):
+        alias = quoted(feature.staged)
+        if feature.pooling:
+            joins.append(f"LEFT JOIN {quoted(f'list:{feature.name}')} {alias} ON {alias}.key = e.row")
+        else:
+            joins.append(f"LEFT JOIN {vocabulary(feature.table)} {alias} ON {alias}.id = e.{alias}")
+    # The last trail that ended before the row's own moment.
+    return [*joins, "ASOF LEFT JOIN trail h ON h.user = e.user AND e.time > h.time"] if plan.history else joins
+
+
+def _alias(source: SourceName) -> str:
+    return {"interactions": "e", "users": "u", "items": "i"}[source]
+
+
+def _encode_list(database: Database, feature: PlannedFeature) -> None:
+    """`list:NAME` (key, list): the known ids of each list, in its order; the key is a row or a user or an item."""
+    table, key = ("events", "row") if feature.source == "interactions" else (f"side_{feature.source}", "id")
+    column = quoted(feature.staged)
+    flat = f"SELECT {key} AS key, unnest({column}) AS id, generate_subscripts({column}, 1) AS place FROM {table}"
+    database.execute(
+        f"CREATE TABLE {quoted(f'list:{feature.name}')} AS SELECT key, list(v.row ORDER BY place) AS list "
+        f"FROM ({flat}) JOIN {vocabulary(feature.table)} v USING (id) GROUP BY key"
+    )
+
+
+def _encode_entity(database: Database, plan: Plan, source: SourceName) -> None:
+    """`user_rows` or `item_rows` (id, row, side features): everyone whom training or the side files know."""
+    entity, name = plan.entity(source), f"{source.removesuffix('s')}_rows"
+    known = f"SELECT row, id FROM {vocabulary(entity.table)}"
+    if plan.raw.relation(source) is None:
+        database.execute(f"CREATE TABLE {name} AS {known}")
+        return
+    columns, joins = ["coalesce(v.row, 0) AS row", "coalesce(v.id, s.id) AS id"], []
+    for feature in plan.side(source):
+        alias = quoted(feature.staged)
+        if feature.pooling:
+            columns.append(f"{alias}.list AS {alias}")
+            joins.append(f"LEFT JOIN {quoted(f'list:{feature.name}')} {alias} ON {alias}.key = s.id")
+        else:
+            columns.append(f"{alias}.row AS {alias}")
+            joins.append(f"LEFT JOIN {vocabulary(feature.table)} {alias} ON {alias}.id = s.{alias}")
+    columns += [f"s.{quoted(each.staged)} AS {quoted(each.staged)}" for each in plan.numerics if each.source == source]
+    database.execute(
+        f"CREATE TABLE {name} AS SELECT {', '.join(columns)} FROM ({known}) v "
+        f"FULL JOIN side_{source} s ON s.id = v.id {' '.join(joins)}"
+    )
+
+
+def _trail(database: Database, plan: Plan, split: Split) -> None:
+    """`trail` (user, time, items): after each moment of a user with positives, the last of them, newest first."""
+    assert plan.history is not None
+    seen = "" if split.kind == "time" else "AND e.split = 0"
+    positives = (
+        "SELECT e.user, e.time, e.row, i.row AS item FROM events e JOIN item_rows i ON i.id = e.item "
+        f"WHERE {_positive(plan)} AND i.row > 0 {seen}"
+    )
+    window = f"PARTITION BY user ORDER BY time, row ROWS BETWEEN {plan.history.length - 1} PRECEDING AND CURRENT ROW"
+    database.execute(
+        "CREATE TABLE trail AS SELECT user, time, items FROM ("
+        f"SELECT user, time, list_reverse(list(item) OVER ({window})) AS items, "
+        "lead(time) OVER (PARTITION BY user ORDER BY time, row) AS next "
+        f"FROM ({positives})) WHERE next IS DISTINCT FROM time"
+    )
+
+
+def _positive(plan: Plan) -> str:
+    label = plan.raw.columns.labels[plan.positive]
+    known = f" AND e.{quoted(f'mask:{plan.positive}')}" if label.mask else ""
+    return f"e.{quoted(f'label:{plan.positive}')} = 1{known}"
+
+
+def _statistics(database: Database, numeric: PlannedNumeric) -> Numeric:
+    """Mean and standard deviation over training rows, to 12 digits."""
+    value = f"x.{quoted(numeric.staged)}"
+    if numeric.source == "interactions":
+        source = f"SELECT {value} AS v, 1 AS n FROM events x WHERE split = 0"
+    else:
+        joined = f"side_{numeric.source} x JOIN train_{numeric.source} t ON t.id = x.id"
+        source = f"SELECT {value} AS v, t.n AS n FROM {joined}"
+    mean, _ = database.row(f"SELECT sum(v * n) / sum(n), 0 FROM ({source}) WHERE v IS NOT NULL")
+    mean = float(f"{mean or 0.0:.12g}")
+    variance, _ = database.row(f"SELECT sum((v - {mean!r}) ** 2 * n) / sum(n), 0 FROM ({source}) WHERE v IS NOT NULL")
+    std = float(f"{(variance or 0.0) ** 0.5:.12g}")
+    return Numeric(name=numeric.name, group=numeric.group, mean=mean, std=std if std > 0 else 1.0)

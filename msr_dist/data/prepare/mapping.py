@@ -1,0 +1,196 @@
+"""What the raw columns mean: which one is the user, which are labels, ids, lists and numbers.
+
+[columns]
+user = "user_id"
+item = "video_id"
+scenario = "tab"
+time = "time_ms"
+time_unit = "ms"
+
+[[columns.labels]]
+name = "click"
+
+[[columns.ids]]
+name = "author"
+column = "author_id"
+source = "items"
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from msr_dist.config import Config
+
+SourceName = Literal["interactions", "users", "items"]
+GROUPS = {"interactions": "context", "users": "user", "items": "item"}
+"""The feature group of a column, unless it says otherwise, by where the column stands."""
+
+
+class LabelColumn(Config):
+    """A label: a raw column of 0 and 1, or a number with a threshold."""
+
+    name: str = Field(min_length=1)
+    column: str | None = None
+    """The raw column; by default the one called `name`."""
+    above: float | None = None
+    """If given, the label is 1 where the column is greater than this."""
+    mask: str | None = None
+    """A raw boolean column: where it is false, the label is unknown. Keeps its name."""
+    weight: str | None = None
+    """A raw column of weights of at least 0. Keeps its name."""
+
+
+class IdColumn(Config):
+    """A categorical feature: integers or text, each value a row of a table."""
+
+    name: str = Field(min_length=1)
+    column: str | None = None
+    """The raw column; by default the one called `name`."""
+    source: SourceName = "interactions"
+    """Which raw files hold the column."""
+    table: str | None = None
+    """The embedding table; by default one called `name`. Features that name the same table share its vocabulary."""
+    group: str | None = None
+    """The feature group; by default context, user or item, after `source`."""
+
+
+class ListColumn(IdColumn):
+    """A feature with any number of ids per row, such as genres."""
+
+    separator: str | None = None
+    """If given, the raw column is text such as "Drama|War" that is split at this."""
+    pooling: Literal["sum", "mean"] = "mean"
+
+
+class NumericColumn(Config):
+    """A number, standardised with the mean and standard deviation of the training rows; null becomes the mean."""
+
+    name: str = Field(min_length=1)
+    column: str | None = None
+    """The raw column; by default the one called `name`."""
+    source: SourceName = "interactions"
+    group: str | None = None
+
+
+class Columns(Config):
+    """What the raw columns mean."""
+
+    user: str
+    """The column that identifies the user; it becomes a feature of this name."""
+    item: str
+    """The column that identifies the item; it becomes a feature of this name."""
+    scenario: str
+    """The column that says in which scenario the interaction happened."""
+    time: str | None = None
+    """When: integers, or a timestamp or date column. Needed to split by time and for a history."""
+    time_unit: Literal["s", "ms", "us"] = "s"
+    """What one unit of an integer time is; seconds also serves for a mere order."""
+    users_key: str | None = None
+    """The id column of the users files, if not called as in the interactions."""
+    items_key: str | None = None
+    """The id column of the items files, if not called as in the interactions."""
+    labels: tuple[LabelColumn, ...] = Field(min_length=1)
+    ids: tuple[IdColumn, ...] = ()
+    lists: tuple[ListColumn, ...] = ()
+    numerics: tuple[NumericColumn, ...] = ()
+    user_text: tuple[str, ...] = ()
+    """Text columns of the users files, kept in users.parquet for language models and for reading."""
+    item_text: tuple[str, ...] = ()
+    """Text columns of the items files, kept in items.parquet."""
+    scenario_key: str = "scenario_id"
+    """The column of the scenarios file with the values of the interactions' scenario column."""
+    scenario_name: str = "name"
+    """The column of the scenarios file with the names."""
+    scenario_text: str | None = None
+    """The column of the scenarios file with a sentence that describes each."""
+
+
+class History(Config):
+    """The last positive items of the row's user at strictly earlier times, newest first, over the item's table.
+
+    Items that the training split does not hold are left out. With a split by time any earlier row counts; otherwise
+    only training rows do, since a test row may then be earlier than a training row that would show its label.
+    """
+
+    name: str = Field(default="history", min_length=1)
+    length: int = Field(default=20, ge=1, le=1000)
+    """The greatest number of items."""
+    label: str | None = None
+    """The label that makes an item positive; by default the first."""
+    pooling: Literal["sum", "mean"] = "mean"
+    group: str = "user"
+
+
+class Split(Config):
+    """Which rows are for training, validation and test."""
+
+    kind: Literal["time", "random", "column"] = "time"
+    """By time; by a hash of row number and seed; or as a raw column says, with train, valid and test in it."""
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of train, valid and test."""
+    cutoff: Literal["scenario", "global"] = "scenario"
+    """Where the cuts in time are: per scenario, so that each has its share of rows in each split, or the same moment
+    for all. Per-scenario cuts let training rows of one scenario be later than test rows of another: right for models
+    that are judged within each scenario, but no simulation of a launch at one moment; that is `global`."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the random split."""
+    column: str | None = None
+    """The raw column of kind "column"."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(f"fractions must be positive and sum to 1 (got {list(self.fractions)})")
+        if (self.kind == "column") != (self.column is not None):
+            raise ValueError('column belongs to kind = "column", and is needed there')
+        return self
+
+
+@dataclass(frozen=True)
+class ScenarioValue:
+    """A scenario as the raw data have it; its place in the list is its id."""
+
+    value: int | str
+    """What the raw scenario column holds."""
+    name: str
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of raw rows: a view of the database, and how to speak about it."""
+
+    view: str
+    where: str
+    """The files, for messages."""
+    types: dict[str, str]
+    """Column -> DuckDB type."""
+    locate: Callable[[int], str]
+    """`ROW` (a row number of the view) -> "FILE, row 17", for messages."""
+    files: tuple[Path, ...] = ()
+    """The files behind the view, to look for damage in when reading fails."""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """All that a source hands over. Every view has a column `ROW`: 0, 1, ... in the order of the files."""
+
+    columns: Columns
+    interactions: Relation
+    scenarios: tuple[ScenarioValue, ...]
+    users: Relation | None = None
+    items: Relation | None = None
+    carry: tuple[str, ...] = ()
+    """Raw columns of the interactions that the source wants to see again when the splits are known."""
+
+    def relation(self, source: SourceName) -> Relation | None:
+        """The relation called `source`, if the data have it."""
+        return {"interactions": self.interactions, "users": self.users, "items": self.items}[source]
+
+
+ROW = "__row"
+"""The column of raw row numbers."""

@@ -1,0 +1,189 @@
+"""Settles, from the columns that the raw files really have, which features come from where and in which type."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from msr_dist.data.prepare.database import is_integer, is_number
+from msr_dist.data.prepare.files import column_type
+from msr_dist.data.prepare.mapping import GROUPS, Columns, History, IdColumn, ListColumn, Raw, Relation, SourceName
+
+
+@dataclass(frozen=True)
+class PlannedFeature:
+    """A categorical feature with everything that was left to defaults filled in."""
+
+    name: str
+    column: str
+    source: SourceName
+    table: str
+    group: str
+    key: str
+    """Where the configuration says so, for messages."""
+    pooling: Literal["sum", "mean"] | None = None
+    separator: str | None = None
+    type: str = "BIGINT"
+    """DuckDB type of one id: BIGINT or VARCHAR, the same for all features of a table."""
+
+    @property
+    def staged(self) -> str:
+        """Its column in the staged tables."""
+        return f"f:{self.name}"
+
+
+@dataclass(frozen=True)
+class PlannedNumeric:
+    """A numeric feature with everything that was left to defaults filled in."""
+
+    name: str
+    column: str
+    source: SourceName
+    group: str
+    key: str
+
+    @property
+    def staged(self) -> str:
+        """Its column in the staged tables."""
+        return f"n:{self.name}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Features in the order of the schema: the user and the item first, the history last (not among `features`)."""
+
+    raw: Raw
+    user: PlannedFeature
+    item: PlannedFeature
+    features: tuple[PlannedFeature, ...]
+    numerics: tuple[PlannedNumeric, ...]
+    history: History | None
+
+    def tables(self) -> dict[str, list[PlannedFeature]]:
+        """Table -> the features whose ids it holds."""
+        tables: dict[str, list[PlannedFeature]] = defaultdict(list)
+        for feature in self.features:
+            tables[feature.table].append(feature)
+        return dict(tables)
+
+    def side(self, source: SourceName) -> list[PlannedFeature]:
+        """The features that stand in `source`, the user and the item apart."""
+        return [each for each in self.features if each.source == source and each not in (self.user, self.item)]
+
+    def entity(self, source: SourceName) -> PlannedFeature:
+        """The feature that `source` (users or items) describes."""
+        return self.user if source == "users" else self.item
+
+    def key_column(self, source: SourceName) -> str:
+        """The id column of the users or items."""
+        columns = self.raw.columns
+        return (columns.users_key or columns.user) if source == "users" else (columns.items_key or columns.item)
+
+    @property
+    def positive(self) -> int:
+        """The place of the label that fills the history."""
+        names = [label.name for label in self.raw.columns.labels]
+        return names.index(self.history.label) if self.history and self.history.label else 0
+
+
+def make_plan(raw: Raw, history: History | None) -> Plan:
+    """Check every column that the configuration names, and settle types. Raises ValueError."""
+    columns = raw.columns
+    user = PlannedFeature(columns.user, columns.user, "interactions", columns.user, "user", "columns.user")
+    item = PlannedFeature(columns.item, columns.item, "interactions", columns.item, "item", "columns.item")
+    others = [_planned(each, f"columns.ids.{place}") for place, each in enumerate(columns.ids)]
+    others += [_planned(each, f"columns.lists.{place}") for place, each in enumerate(columns.lists)]
+    features = tuple(_typed(raw, [user, item, *others]))
+    numerics = tuple(_numerics(raw, columns))
+    _expect_distinct(columns, [each.name for each in features] + [each.name for each in numerics], history)
+    plan = Plan(raw, features[0], features[1], features, numerics, history)
+    if history and columns.time is None:
+        raise ValueError("history: needs columns.time, which is not set")
+    if history and history.label and history.label not in [label.name for label in columns.labels]:
+        raise ValueError(f"history.label: there is no label {history.label!r}")
+    return plan
+
+
+def _expect_distinct(columns: Columns, names: list[str], history: History | None) -> None:
+    """Every written column needs a name of its own."""
+    names = [*names, history.name] if history else names
+    for label in columns.labels:
+        names += [name for name in (label.name, label.mask, label.weight) if name]
+    twice = [name for place, name in enumerate(names) if name in [*names[:place], "scenario", "time"]]
+    if twice:
+        advice = "give one another name (`scenario` and `time` are taken)"
+        raise ValueError(f"columns: two columns of the output would be called {twice[0]!r}; {advice}")
+
+
+def _planned(column: IdColumn, key: str) -> PlannedFeature:
+    group = column.group or GROUPS[column.source]
+    feature = PlannedFeature(
+        column.name, column.column or column.name, column.source, column.table or column.name, group, key
+    )
+    if isinstance(column, ListColumn):
+        return replace(feature, pooling=column.pooling, separator=column.separator)
+    return feature
+
+
+def _numerics(raw: Raw, columns: Columns) -> list[PlannedNumeric]:
+    planned = []
+    for place, each in enumerate(columns.numerics):
+        key, column = f"columns.numerics.{place}", each.column or each.name
+        relation = relation_of(raw, each.source, key)
+        kind = column_type(relation, column, key)
+        if not is_number(kind) and kind != "BOOLEAN":
+            raise ValueError(f"{relation.where}: column {column!r} is {kind} ({key}); a numeric feature is a number")
+        planned.append(PlannedNumeric(each.name, column, each.source, each.group or GROUPS[each.source], key))
+    return planned
+
+
+def relation_of(raw: Raw, source: SourceName, key: str) -> Relation:
+    """The relation called `source`; ValueError where the configuration gives no files for it."""
+    relation = raw.relation(source)
+    if relation is None:
+        raise ValueError(f"{key}: source is {source!r}, but no {source} files are given")
+    return relation
+
+
+def _typed(raw: Raw, features: Sequence[PlannedFeature]) -> list[PlannedFeature]:
+    """With one type per table: integers if all its columns hold integers, else text."""
+    integers: dict[str, bool] = defaultdict(lambda: True)
+    for feature in features:
+        integers[feature.table] &= is_integer(_id_type(raw, feature))
+    for source, entity in (("users", features[0]), ("items", features[1])):
+        integers[entity.table] &= _key_is_integer(raw, "users" if source == "users" else "items")
+    return [replace(each, type="BIGINT" if integers[each.table] else "VARCHAR") for each in features]
+
+
+def _key_is_integer(raw: Raw, source: SourceName) -> bool:
+    relation, columns = raw.relation(source), raw.columns
+    if relation is None:
+        return True
+    own, key = (columns.users_key, columns.user) if source == "users" else (columns.items_key, columns.item)
+    kind = column_type(relation, own or key, f"columns.{source}_key")
+    _expect_id(relation, own or key, kind, f"columns.{source}_key")
+    return is_integer(kind)
+
+
+def _id_type(raw: Raw, feature: PlannedFeature) -> str:
+    """The raw type of one id of `feature`."""
+    relation = relation_of(raw, feature.source, feature.key)
+    kind = column_type(relation, feature.column, feature.key)
+    if feature.pooling is None:
+        _expect_id(relation, feature.column, kind, feature.key)
+        return kind
+    where = f"{relation.where}: column {feature.column!r} is {kind} ({feature.key})"
+    if feature.separator is not None:
+        if kind != "VARCHAR":
+            raise ValueError(f"{where}; a separator needs text: leave it out for a list column")
+        return kind
+    if not kind.endswith("[]"):
+        raise ValueError(f"{where}; a list feature needs a list column, or text with a separator")
+    _expect_id(relation, feature.column, kind.removesuffix("[]"), feature.key)
+    return kind.removesuffix("[]")
+
+
+def _expect_id(relation: Relation, column: str, kind: str, key: str) -> None:
+    if not is_integer(kind) and kind not in ("VARCHAR", "BOOLEAN", "DATE") and not kind.startswith("ENUM"):
+        where = f"{relation.where}: column {column!r} is {kind} ({key})"
+        raise ValueError(f"{where}; ids are integers or text: cast it, or list it under columns.numerics")

@@ -1,0 +1,52 @@
+"""Where each split begins: cuts in time per scenario, at the quantiles, without parting rows of the same moment."""
+
+from msr_dist.data.prepare.database import Database
+from msr_dist.data.prepare.mapping import ScenarioValue, Split
+from msr_dist.schema import SPLITS
+
+
+def assign_splits(database: Database, split: Split, scenarios: tuple[ScenarioValue, ...]) -> list[list[int]]:
+    """Make the view `events`: the staged rows with `split` (0, 1, 2). Returns rows `[scenario][split]`.
+
+    Raises ValueError where a split would have no rows at all.
+    """
+    if split.kind == "time":
+        _cut(database, split, len(scenarios))
+    else:
+        database.execute("CREATE VIEW events AS SELECT * FROM staged")
+    rows = [[0] * len(SPLITS) for _ in scenarios]
+    for scenario, place, count in database.rows("SELECT scenario, split, count(*) FROM events GROUP BY ALL"):
+        rows[scenario][place] = count
+    for place, name in enumerate(SPLITS):
+        if not sum(counts[place] for counts in rows):
+            found = ", ".join(f"{other} {sum(c[i] for c in rows)}" for i, other in enumerate(SPLITS))
+            advice = "give more rows or other split.fractions; rows with equal times stay together"
+            raise ValueError(f"no rows left in the {name} split ({found}); {advice}")
+    return rows
+
+
+def _cut(database: Database, split: Split, scenarios: int) -> None:
+    """All rows of one moment go where their middle row belongs, so the shares are met as nearly as they can be."""
+    part = "scenario" if split.cutoff == "scenario" else "0"
+    first, second = split.fractions[0], split.fractions[0] + split.fractions[1]
+    middle = "(2 * sum(n) OVER (PARTITION BY part ORDER BY time) - n) / (2 * sum(n) OVER (PARTITION BY part))"
+    moments = f"SELECT {part} AS part, time, count(*) AS n FROM staged GROUP BY ALL"
+    cuts = database.rows(
+        # The small margin absorbs the rounding of 0.8 + 0.1.
+        f"SELECT part, min(time) FILTER (middle > {first} + 1e-12), min(time) FILTER (middle > {second} + 1e-12) "
+        f"FROM (SELECT part, time, {middle} AS middle FROM ({moments})) GROUP BY part"
+    )
+    never = (1 << 63) - 1
+    begins = {part: [never if cut is None else cut for cut in both] for part, *both in cuts}
+    valid, test = (
+        [
+            begins.get(scenario if split.cutoff == "scenario" else 0, [never, never])[place]
+            for scenario in range(scenarios)
+        ]
+        for place in (0, 1)
+    )
+    database.execute(
+        "CREATE VIEW events AS SELECT *, CAST(CASE "
+        f"WHEN time < ({valid}::BIGINT[])[scenario + 1] THEN 0 WHEN time < ({test}::BIGINT[])[scenario + 1] THEN 1 "
+        "ELSE 2 END AS TINYINT) AS split FROM staged"
+    )

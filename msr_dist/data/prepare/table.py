@@ -1,0 +1,81 @@
+"""Source `table`: your own logs, parquet or CSV, described by a mapping of their columns.
+
+kind = "table"
+interactions = ["logs/*.parquet"]
+items = ["items.csv"]
+
+[columns]
+user = "user_id"
+item = "item_id"
+scenario = "tab"
+time = "timestamp"
+
+[[columns.labels]]
+name = "click"
+"""
+
+from typing import Literal, final
+
+import duckdb
+from pydantic import Field
+
+from msr_dist.data.prepare.canonical import PrepareConfig
+from msr_dist.data.prepare.database import Database, quoted
+from msr_dist.data.prepare.files import column_type, explain, open_files
+from msr_dist.data.prepare.mapping import ROW, Columns, Raw, Relation, ScenarioValue
+
+
+@final
+class Config(PrepareConfig):
+    """Your own logs. All paths may be globs; files of one list must have the same columns."""
+
+    kind: Literal["table"] = "table"
+    interactions: tuple[str, ...] = Field(min_length=1)
+    """The log: one row per impression, with user, item, scenario and labels."""
+    users: tuple[str, ...] = ()
+    """One row per user, with side features and text."""
+    items: tuple[str, ...] = ()
+    """One row per item, with side features and text."""
+    scenarios: tuple[str, ...] = ()
+    """One row per scenario, in the order of their ids; without it, the distinct values of the log, sorted."""
+    columns: Columns
+
+    def open(self, database: Database) -> Raw:
+        """Views of the files, after their footers or headers are checked."""
+        interactions = open_files(database, "interactions", self.interactions, "interactions")
+        users = open_files(database, "users", self.users, "users") if self.users else None
+        items = open_files(database, "items", self.items, "items") if self.items else None
+        for given, texts, name in ((users, self.columns.user_text, "user"), (items, self.columns.item_text, "item")):
+            if texts and given is None:
+                raise ValueError(f"columns.{name}_text: needs {name}s files, but none are given")
+        try:
+            scenarios = self._scenarios(database, interactions)
+        except duckdb.Error as error:
+            raise explain(error, (interactions,)) from None
+        return Raw(self.columns, interactions, scenarios, users, items)
+
+    def _scenarios(self, database: Database, interactions: Relation) -> tuple[ScenarioValue, ...]:
+        if self.scenarios:
+            return _from_file(database, open_files(database, "scenarios", self.scenarios, "scenarios"), self.columns)
+        column_type(interactions, self.columns.scenario, "columns.scenario")
+        name = quoted(self.columns.scenario)
+        found = database.rows(f"SELECT DISTINCT {name} FROM interactions WHERE {name} IS NOT NULL ORDER BY 1")
+        return tuple(ScenarioValue(value, str(value)) for (value,) in found)
+
+
+def _from_file(database: Database, relation: Relation, columns: Columns) -> tuple[ScenarioValue, ...]:
+    keys = {columns.scenario_key: "columns.scenario_key", columns.scenario_name: "columns.scenario_name"}
+    for column, key in keys.items():
+        column_type(relation, column, key)
+    about = "''"
+    if columns.scenario_text:
+        column_type(relation, columns.scenario_text, "columns.scenario_text")
+        about = f"coalesce(CAST({quoted(columns.scenario_text)} AS VARCHAR), '')"
+    selected = f"{quoted(columns.scenario_key)}, CAST({quoted(columns.scenario_name)} AS VARCHAR), {about}"
+    rows = database.rows(f"SELECT {selected} FROM scenarios ORDER BY {ROW}")
+    for place, (value, name, _) in enumerate(rows):
+        if value is None or not name:
+            raise ValueError(f"{relation.locate(place)}: a scenario without an id or a name; fill it")
+        if value in [other for other, *_ in rows[:place]]:
+            raise ValueError(f"{relation.locate(place)}: scenario {value!r} stands there a second time; remove one")
+    return tuple(ScenarioValue(*row) for row in rows)

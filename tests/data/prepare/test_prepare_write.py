@@ -1,0 +1,44 @@
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from msr_dist.data.prepare.write import LEAST_GROUPS, group_bounds, regroup, write_split
+
+
+@pytest.mark.parametrize("rows", [0, 1, 95, 96, 97, 10_000, 1_000_003])
+def test_row_groups_are_even_enough_and_many_enough(rows: int) -> None:
+    bounds = group_bounds(rows, 1000)
+    sizes = [end - begin for begin, end in pairwise(bounds)]
+    assert sum(sizes) == rows
+    assert len(sizes) >= min(rows, LEAST_GROUPS)
+    assert all(0 < size <= 1000 for size in sizes)
+    assert not sizes or max(sizes) - min(sizes) <= 1
+
+
+def batches(*sizes: int) -> list[pa.RecordBatch]:
+    begin, made = 0, []
+    for size in sizes:
+        made.append(pa.record_batch({"x": pa.array(range(begin, begin + size), pa.int64())}))
+        begin += size
+    return made
+
+
+def test_regroup_keeps_order_over_any_batches() -> None:
+    tables = list(regroup(batches(5, 0, 1, 14, 2), [7, 7, 8]))
+    assert [table.num_rows for table in tables] == [7, 7, 8]
+    assert pa.concat_tables(tables)["x"].to_pylist() == list(range(22))
+
+
+def test_too_few_and_too_many_rows_are_errors(tmp_path: Path) -> None:
+    schema = pa.schema({"x": pa.int64()})
+    for place, (held, counted) in enumerate(((5, 6), (6, 5))):
+        with pytest.raises(AssertionError, match="rows than"):
+            write_split(tmp_path / str(place), schema, batches(held), counted, 10, 10)
+
+
+def test_an_empty_split_is_one_file(tmp_path: Path) -> None:
+    write_split(tmp_path / "test", pa.schema({"x": pa.int64()}), [], 0, 10, 10)
+    assert pq.read_table(tmp_path / "test").num_rows == 0
