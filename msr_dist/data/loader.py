@@ -1,0 +1,268 @@
+"""Source + order -> this rank's ScenarioBatches, decoded and assembled ahead in threads, from any step on."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from pydantic import Field
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from msr_dist.batch import ScenarioBatch
+from msr_dist.config import Config
+from msr_dist.data.order import Order
+from msr_dist.schema import FeatureSchema
+
+
+class LoaderConfig(Config):
+    """How rows become batches. Only `threads` and `prefetch` leave the losses as they are."""
+
+    batch_size: int = Field(default=8192, ge=1)
+    """Rows of a global batch, all ranks together."""
+    partitions: int = Field(default=24, ge=1)
+    """The world size must divide it; a run continues the same data at any such world size."""
+    window_rows: int = Field(default=1 << 20, ge=1)
+    """Rows, of all ranks together, among which rows are permuted. Row groups are shuffled over the whole split."""
+    threads: int = Field(default=2, ge=1)
+    """Decoding threads of a rank."""
+    prefetch: int = Field(default=4, ge=1)
+    """Batches of a rank that stand ready."""
+
+
+class Source(Protocol):
+    """Row groups to read from."""
+
+    def read(self, group: int) -> pa.Table:
+        """The columns of the schema for one row group."""
+        ...
+
+
+PADDING = -1
+"""Number of a row that only fills up a batch; its weights are 0."""
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows as plain arrays; `n` rows, `F` single-valued features, `N` numerics, `T` labels."""
+
+    ids: Ints
+    """`[F, n]`."""
+    lists: tuple[tuple[Ints, Ints], ...]
+    """Per multi-valued feature: all values one after the other, and `[n + 1]` offsets into them."""
+    numeric: Floats
+    """`[N, n]`."""
+    scenario: Ints
+    """`[n]`."""
+    labels: Floats
+    """`[T, n]`."""
+    weights: Floats
+    """`[T, n]`."""
+
+    def padding(self, count: int) -> "Rows":
+        """The first of these rows `count` times over, with weight 0."""
+        lists = tuple(
+            (np.tile(values[offsets[0] : offsets[1]], count), np.arange(count + 1) * (offsets[1] - offsets[0]))
+            for values, offsets in self.lists
+        )
+        return Rows(
+            self.ids[:, :1].repeat(count, 1), lists, self.numeric[:, :1].repeat(count, 1),
+            self.scenario[:1].repeat(count), self.labels[:, :1].repeat(count, 1),
+            np.zeros((len(self.weights), count), np.float32),
+        )  # fmt: skip
+
+    def __getitem__(self, part: slice) -> "Rows":
+        """A view of consecutive rows."""
+        lists = tuple((values, offsets[part.start : part.stop + 1]) for values, offsets in self.lists)
+        return Rows(
+            self.ids[:, part], lists, self.numeric[:, part], self.scenario[part], self.labels[:, part],
+            self.weights[:, part],
+        )  # fmt: skip
+
+
+class Loader:
+    """Batches of one rank. Two loaders of the same order that differ in rank never read the same row group."""
+
+    def __init__(
+        self, source: Source, schema: FeatureSchema, order: Order, rank: int, world_size: int, config: LoaderConfig
+    ) -> None:
+        """Nothing is read yet."""
+        if order.num_partitions % world_size:
+            raise ValueError(
+                f"world size {world_size} does not divide {order.num_partitions} partitions: "
+                f"set loader.partitions to a multiple of the number of workers, or choose another number of workers"
+            )
+        self.order = order
+        self._source, self._schema, self._config = source, schema, config
+        self._world_size = world_size
+        self._partitions = range(rank, order.num_partitions, world_size)
+
+    def batches(self, first: int, last: int) -> Iterator[ScenarioBatch]:
+        """Batches of steps `first` to `last - 1`, counted over epochs; what the source raises is raised here."""
+        ready: queue.Queue[ScenarioBatch | BaseException | None] = queue.Queue(self._config.prefetch)
+        stop = threading.Event()
+        thread = threading.Thread(target=self._fill, args=(ready, stop, first, last), daemon=True, name="loader")
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def _fill(self, ready: "queue.Queue[Any]", stop: threading.Event, first: int, last: int) -> None:
+        def put(item: Any) -> None:
+            while not stop.is_set():
+                with contextlib.suppress(queue.Full):
+                    ready.put(item, timeout=0.1)
+                    break
+
+        try:
+            with ThreadPoolExecutor(self._config.threads, thread_name_prefix="decode") as pool:
+                for step in range(first, last):
+                    if step == first or step % self.order.steps == 0:
+                        streams = [_Stream(self, pool, p, *divmod(step, self.order.steps)) for p in self._partitions]
+                    put(self._batch(streams, step))
+                    if stop.is_set():
+                        break
+                pool.shutdown(cancel_futures=True)
+            put(None)
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the thread that asked
+            put(error)
+
+    def _batch(self, streams: "list[_Stream]", step: int) -> ScenarioBatch:
+        within = step % self.order.steps
+        width = self.order.padded_share(within)
+        parts: list[Rows] = []
+        numbers: list[Ints] = []
+        for stream in streams:
+            start, stop = self.order.share(stream.partition, within)
+            taken = stream.take(start, stop)
+            missing = width - (stop - start)
+            parts += [*taken, taken[0].padding(missing)] if missing else taken
+            numbers += [stream.first_row + np.arange(start, stop, dtype=np.int64), np.full(missing, PADDING)]
+        return _assemble(self._schema, parts, np.concatenate(numbers), self.order.step_rows(within) / self._world_size)
+
+    def decode(self, partition: int, epoch: int, window: int, groups: tuple[int, ...]) -> Rows:
+        """One window of one partition, its rows in the order of `epoch`."""
+        table = pa.concat_tables([self._source.read(group) for group in groups])
+        return _decode(table, self._schema, self.order.permutation(partition, epoch, window, table.num_rows))
+
+
+class _Stream:
+    """The rows of one partition in one epoch, from a step on; the window after the current one is decoded ahead."""
+
+    def __init__(self, loader: Loader, pool: ThreadPoolExecutor, partition: int, epoch: int, step: int) -> None:
+        order = loader.order
+        self.partition = partition
+        self._loader, self._pool, self._epoch = loader, pool, epoch
+        self._windows = order.windows(partition, epoch)
+        self.first_row = order.first_row(partition, epoch)
+        start = order.share(partition, step)[0]
+        sizes = [sum(order.group_rows[group] for group in window) for window in self._windows]
+        self._begins = np.cumsum([0, *sizes])
+        self._current = int(np.searchsorted(self._begins, start, side="right")) - 1
+        self._rows: Rows | None = None
+        self._next = self._ahead(self._current)
+
+    def take(self, start: int, stop: int) -> list[Rows]:
+        """Rows `start` to `stop - 1` of the sequence."""
+        parts = []
+        while start < stop:
+            if self._rows is None or start >= self._begins[self._current + 1]:
+                self._advance()
+            begin, end = self._begins[self._current], min(stop, self._begins[self._current + 1])
+            assert self._rows is not None
+            parts.append(self._rows[start - begin : end - begin])
+            start = end
+        return parts
+
+    def _advance(self) -> None:
+        if self._rows is not None:
+            self._current += 1
+        assert self._next is not None
+        self._rows = self._next.result()
+        self._next = self._ahead(self._current + 1)
+
+    def _ahead(self, window: int) -> "Future[Rows] | None":
+        if window >= len(self._windows):
+            return None
+        return self._pool.submit(self._loader.decode, self.partition, self._epoch, window, self._windows[window])
+
+
+def feature_names(schema: FeatureSchema) -> list[str]:
+    """Keys of a batch's KeyedJaggedTensor: single-valued features first, then lists."""
+    return [f.name for f in schema.features if not f.pooling] + [f.name for f in schema.features if f.pooling]
+
+
+def _decode(table: pa.Table, schema: FeatureSchema, permutation: Ints | None) -> Rows:
+    def column(name: str, dtype: type) -> npt.NDArray[Any]:
+        values: npt.NDArray[Any] = table[name].to_numpy().astype(dtype, copy=False)
+        return values if permutation is None else values[permutation]
+
+    def stack(names: list[str], dtype: type) -> npt.NDArray[Any]:
+        return np.stack([column(name, dtype) for name in names]) if names else np.empty((0, table.num_rows), dtype)
+
+    def weight(index: int) -> Floats:
+        label = schema.labels[index]
+        values = np.ones(table.num_rows, np.float32) if not label.weight else column(label.weight, np.float32)
+        return values * column(label.mask, np.float32) if label.mask else values
+
+    return Rows(
+        ids=stack([f.name for f in schema.features if not f.pooling], np.int64),
+        lists=tuple(_decode_list(table[f.name], permutation) for f in schema.features if f.pooling),
+        numeric=stack([numeric.name for numeric in schema.numerics], np.float32),
+        scenario=column(schema.scenario, np.int64),
+        labels=stack([label.name for label in schema.labels], np.float32),
+        weights=np.stack([weight(index) for index in range(len(schema.labels))]),
+    )
+
+
+def _decode_list(column: pa.ChunkedArray, permutation: Ints | None) -> tuple[Ints, Ints]:
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks)
+    if permutation is not None:
+        array = array.take(pa.array(permutation))
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    return array.values.to_numpy(), offsets
+
+
+def _assemble(schema: FeatureSchema, parts: list[Rows], numbers: Ints, rows_per_rank: float) -> ScenarioBatch:
+    ids = np.concatenate([part.ids for part in parts], axis=1)
+    values: list[Ints] = [ids.reshape(-1)]
+    lengths: list[Ints] = [np.ones(ids.size, np.int64)]
+    for index in range(len(parts[0].lists)):
+        for part in parts:
+            flat, offsets = part.lists[index]
+            values.append(flat[offsets[0] : offsets[-1]])
+            lengths.append(np.diff(offsets))
+    return ScenarioBatch(
+        ids=KeyedJaggedTensor(
+            keys=feature_names(schema),
+            values=torch.from_numpy(np.concatenate(values)),
+            lengths=torch.from_numpy(np.concatenate(lengths)),
+        ),
+        numeric=_rows_first([part.numeric for part in parts]),
+        scenario=torch.from_numpy(np.concatenate([part.scenario for part in parts])),
+        labels=_rows_first([part.labels for part in parts]),
+        weights=_rows_first([part.weights for part in parts]),
+        row=torch.from_numpy(numbers),
+        rows_per_rank=rows_per_rank,
+    )
+
+
+def _rows_first(parts: list[Floats]) -> torch.Tensor:
+    """`[.., n]` arrays of all parts -> one `[sum of n, ..]` tensor."""
+    return torch.from_numpy(np.ascontiguousarray(np.concatenate(parts, axis=1).T))

@@ -1,0 +1,150 @@
+"""Row groups of canonical parquet files, read and checked."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from msr_dist.schema import FeatureSchema
+
+TypeCheck = Callable[[pa.DataType], bool]
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of one file."""
+
+    file: Path
+    index: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, row group {self.index}"
+
+
+class ParquetSource:
+    """The parquet files of one split, whose row groups it reads one by one.
+
+    Every value that it hands out has been checked against the schema: no nulls, ids within their tables, labels and
+    scenarios known, numbers finite.
+    """
+
+    def __init__(self, folder: Path, schema: FeatureSchema) -> None:
+        """Read the footers of `folder`'s files; ValueError where one is damaged or does not match the schema."""
+        self.schema = schema
+        self.columns = schema.columns()
+        files = sorted(folder.glob("*.parquet"))
+        if not files:
+            raise ValueError(f"{folder}: no parquet files there; make the data with `msr-dist prepare`")
+        self._metadata = {file: _footer(file) for file in files}
+        for file, metadata in self._metadata.items():
+            self._check_columns(file, metadata.schema.to_arrow_schema())
+        self.row_groups = [
+            RowGroup(file, index, metadata.row_group(index).num_rows)
+            for file, metadata in self._metadata.items()
+            for index in range(metadata.num_row_groups)
+        ]
+        empty = next((file for file, metadata in self._metadata.items() if metadata.num_rows == 0), None)
+        if empty is not None:
+            raise ValueError(f"{empty}: holds no rows; remove the file, or prepare the data again")
+
+    def read(self, group: int) -> pa.Table:
+        """The columns of `FeatureSchema.columns` of one row group, each in one chunk."""
+        where = self.row_groups[group]
+        try:
+            with pq.ParquetFile(where.file, metadata=self._metadata[where.file]) as file:
+                table = file.read_row_group(where.index, columns=self.columns, use_threads=False).combine_chunks()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{where}: cannot be read, the file is damaged ({_one_line(error)})") from None
+        for column, fault in self._faults(table):
+            raise ValueError(f"{where}, column {column!r}: {fault}; prepare the data again")
+        return table
+
+    def _check_columns(self, file: Path, found: pa.Schema) -> None:
+        for column, (expected, accepted) in self._expected_types().items():
+            if column not in found.names:
+                raise ValueError(
+                    f"{file}: column {column!r} of the schema is absent; it has {', '.join(found.names)}. "
+                    "Prepare the data again, or correct schema.toml"
+                )
+            if not accepted(found.field(column).type):
+                raise ValueError(
+                    f"{file}, column {column!r}: type {found.field(column).type}, but the schema wants {expected}; "
+                    "prepare the data again, or correct schema.toml"
+                )
+
+    def _expected_types(self) -> dict[str, tuple[str, TypeCheck]]:
+        schema = self.schema
+        expected: dict[str, tuple[str, TypeCheck]] = {schema.scenario: ("an integer", pa.types.is_integer)}
+        for feature in schema.features:
+            expected[feature.name] = ("a list of integers", _is_id_list) if feature.pooling else ("int64", _is_id)
+        for numeric in schema.numerics:
+            expected[numeric.name] = ("a floating point number", pa.types.is_floating)
+        for label in schema.labels:
+            expected[label.name] = ("0 or 1 as an integer", _is_label)
+            if label.mask:
+                expected[label.mask] = ("a boolean", pa.types.is_boolean)
+            if label.weight:
+                expected[label.weight] = ("a floating point number", pa.types.is_floating)
+        return expected
+
+    def _faults(self, table: pa.Table) -> Iterator[tuple[str, str]]:
+        for column in self.columns:
+            nulls = table[column].null_count
+            if nulls:
+                yield column, f"{nulls} nulls"
+        schema = self.schema
+        for feature in schema.features:
+            values = pc.list_flatten(table[feature.name]) if feature.pooling else table[feature.name]
+            if feature.pooling and values.null_count:
+                yield feature.name, f"{values.null_count} nulls within lists"
+            rows = schema.table(feature.table).rows
+            yield from _outside(feature.name, values, 0, rows - 1, f"ids of table {feature.table!r} with {rows} rows")
+        yield from _outside(schema.scenario, table[schema.scenario], 0, len(schema.scenarios) - 1, "scenarios")
+        for label in schema.labels:
+            yield from _outside(label.name, table[label.name], 0, 1, "labels")
+            if label.weight:
+                yield from _not_finite(label.weight, table[label.weight])
+                yield from _outside(label.weight, table[label.weight], 0, float("inf"), "weights")
+        for numeric in schema.numerics:
+            yield from _not_finite(numeric.name, table[numeric.name])
+
+
+def _is_id(found: pa.DataType) -> bool:
+    return bool(found == pa.int64())
+
+
+def _is_label(found: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(found) or pa.types.is_boolean(found))
+
+
+def _is_id_list(found: pa.DataType) -> bool:
+    return bool((pa.types.is_list(found) or pa.types.is_large_list(found)) and found.value_type == pa.int64())
+
+
+def _outside(column: str, values: pa.ChunkedArray, least: float, most: float, what: str) -> Iterator[tuple[str, str]]:
+    extremes = pc.min_max(values.cast(pa.uint8()) if pa.types.is_boolean(values.type) else values).as_py()
+    for value in (extremes["min"], extremes["max"]):
+        if value is not None and not least <= value <= most:
+            yield column, f"value {value}, but {what} run from {least} to {most}"
+
+
+def _not_finite(column: str, values: pa.ChunkedArray) -> Iterator[tuple[str, str]]:
+    if not pc.all(pc.is_finite(values)).as_py():
+        yield column, "NaN or infinite values"
+
+
+def _footer(file: Path) -> pq.FileMetaData:
+    try:
+        return pq.read_metadata(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(
+            f"{file}: not a readable parquet file, it may be truncated ({_one_line(error)}); prepare the data again"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
