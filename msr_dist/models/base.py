@@ -5,12 +5,21 @@ Shapes: `B` rows of a batch, `D` width of a feature group, `S` scenarios, `T` la
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from msr_dist.config import Kinded
 from msr_dist.schema import FeatureSchema
+
+Width = Annotated[int, Field(ge=1)]
+"""A setting: units of a layer, or vectors of a bank."""
+Widths = Annotated[tuple[Width, ...], Field(min_length=1)]
+"""A setting: units of each hidden layer, first to last."""
+Rate = Annotated[float, Field(ge=0, lt=1)]
+"""A setting: the share of hidden units that dropout silences."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,264 @@
+"""Layers that the models share.
+
+Shapes: `B` rows of this rank, `D` and `W` widths, `S` scenarios, `E` experts.
+
+Every layer takes any number of rows, none included, and builds the same graph whichever scenarios are present: ranks
+that see different scenarios still run the same collectives in the same order.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from msr_dist.noise import uniform
+
+
+@final
+class Dropout(nn.Module):
+    """Inverted dropout (Srivastava et al., 2014) whose mask belongs to the row: a function of salt, row and unit.
+
+    The salt is drawn at construction and kept with the parameters, so a row meets the same mask at any world size and
+    after a restart. It costs nothing in evaluation or at rate 0.
+    """
+
+    salt: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("salt", torch.randint(2**62, ()))
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        """`x` `[B, ...]` of the rows `row` `[B]`, with a share of `rate` of its units at 0 and the others scaled up."""
+        if not self.training or self.rate == 0.0:
+            return x
+        units = torch.arange(math.prod(x.shape[1:]), device=x.device)
+        # The salt shifts the units instead of being the seed: so it never has to be read back from the device.
+        keep = uniform(0, row, units + self.salt) >= self.rate
+        return x * keep.view(x.shape).to(x.dtype).mul_(1.0 / (1.0 - self.rate))
+
+
+@final
+class MLP(nn.Module):
+    """Linear, ReLU and dropout, once per width; drawn as `nn.Linear` draws it."""
+
+    def __init__(self, in_width: int, widths: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        self.out_width = widths[-1]
+        self.linears = nn.ModuleList(nn.Linear(i, o) for i, o in zip([in_width, *widths], widths, strict=False))
+        self.dropouts = nn.ModuleList(Dropout(dropout) for _ in widths)
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        """`[B, in_width]` -> `[B, widths[-1]]`."""
+        for linear, dropout in zip(self.linears, self.dropouts, strict=True):
+            x = dropout(torch.relu(linear(x)), row)
+        return x
+
+
+@final
+class Experts(nn.Module):
+    """`E` MLPs over the same input, their weights stacked `[E, in, out]` so that a layer is one batched product."""
+
+    def __init__(self, experts: int, in_width: int, widths: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        self.out_width = widths[-1]
+        shapes = zip([in_width, *widths], widths, strict=False)
+        self.weights = nn.ParameterList(stacked_weight(experts, i, o) for i, o in shapes)
+        self.biases = nn.ParameterList(torch.zeros(experts, width) for width in widths)
+        self.dropouts = nn.ModuleList(Dropout(dropout) for _ in widths)
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        """`[B, in_width]` -> `[B, E, widths[-1]]`."""
+        hidden = x[:, None, :].expand(-1, len(self.weights[0]), -1)
+        for weight, bias, dropout in zip(self.weights, self.biases, self.dropouts, strict=True):
+            product = torch.baddbmm(bias[:, None, :], hidden.transpose(0, 1), weight)
+            hidden = dropout(torch.relu(product).transpose(0, 1), row)
+        return hidden
+
+
+@dataclass(frozen=True)
+class ScenarioGroups:
+    """The rows of a batch by scenario: found once per forward pass, then shared by all its layers.
+
+    `sizes` is read back from the device, the one point of a forward pass where the host waits for it.
+    """
+
+    order: Tensor
+    """`[B]`: grouped row i is row order[i] of the batch."""
+    scenario: Tensor
+    """`[B]`, ascending: scenario of each grouped row."""
+    counts: Tensor
+    """`[S]`: rows of each scenario."""
+    sizes: list[int]
+    """The counts, on the host."""
+
+    @classmethod
+    def of(cls, scenario: Tensor, scenarios: int) -> "ScenarioGroups":
+        """The groups of `scenario` `[B]`, whose values are below `scenarios`."""
+        grouped, order = torch.sort(scenario, stable=True)
+        counts = torch.bincount(scenario, minlength=scenarios)
+        if len(counts) > scenarios:
+            raise ValueError(f"the batch holds scenario {len(counts) - 1}, but the schema only {scenarios} scenarios")
+        return cls(order, grouped, counts, counts.tolist())
+
+    def group(self, x: Tensor) -> Tensor:
+        """`x` `[B, ...]` in grouped order."""
+        return x.index_select(0, self.order)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """`x` `[B, ...]`, grouped, in the order of the batch."""
+        return torch.empty_like(x).index_copy(0, self.order, x)
+
+    def spread(self, table: Tensor) -> Tensor:
+        """`table` `[S, D]` -> `[B, D]`: each grouped row's own line. Its gradient is summed in a fixed order."""
+        return F.embedding(self.scenario, table)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """`x` `[B, D]`, grouped -> `[S, D]` fp64: the sum over each scenario's rows."""
+        return torch.stack([rows.sum(0, dtype=torch.float64) for rows in x.split_with_sizes(self.sizes)])
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, groups: ScenarioGroups) -> Tensor:
+    """Each grouped row through its own scenario's layer, and through no other.
+
+    Args:
+        x: `[B, in]`, grouped.
+        weight: `[S, in, out]`.
+        bias: `[S, out]`.
+        groups: of the rows of `x`.
+
+    Returns:
+        `[B, out]`, grouped. A scenario without rows takes part with an empty product: its gradient is exactly 0.
+    """
+    # unbind, because its gradient is stacked once: that of weight[s] would be S tensors of the size of the stack.
+    layers = zip(x.split_with_sizes(groups.sizes), weight.unbind(), bias.unbind(), strict=True)
+    return torch.cat([torch.addmm(b, rows, w) for rows, w, b in layers])
+
+
+def stacked_weight(count: int, in_width: int, out_width: int) -> nn.Parameter:
+    """`[count, in, out]`: each as `nn.Linear` would draw it, uniform within 1 / sqrt(in)."""
+    bound = in_width**-0.5
+    return nn.Parameter(torch.empty(count, in_width, out_width).uniform_(-bound, bound))
+
+
+@final
+class ScenarioLinear(nn.Module):
+    """One linear layer per scenario: stacked weights `[S, in, out]`, biases `[S, out]` from 0."""
+
+    def __init__(self, scenarios: int, in_width: int, out_width: int) -> None:
+        super().__init__()
+        self.weight = stacked_weight(scenarios, in_width, out_width)
+        self.bias = nn.Parameter(torch.zeros(scenarios, out_width))
+
+    def forward(self, x: Tensor, groups: ScenarioGroups) -> Tensor:
+        """`[B, in]` -> `[B, out]`, both grouped."""
+        return grouped_linear(x, self.weight, self.bias, groups)
+
+
+@final
+class ScenarioTower(nn.Module):
+    """One MLP with a linear last layer per scenario."""
+
+    def __init__(self, scenarios: int, in_width: int, widths: Sequence[int], out_width: int, dropout: float) -> None:
+        super().__init__()
+        shapes = zip([in_width, *widths], widths, strict=False)
+        self.hidden = nn.ModuleList(ScenarioLinear(scenarios, i, o) for i, o in shapes)
+        self.dropouts = nn.ModuleList(Dropout(dropout) for _ in widths)
+        self.last = ScenarioLinear(scenarios, [in_width, *widths][-1], out_width)
+
+    def forward(self, x: Tensor, row: Tensor, groups: ScenarioGroups) -> Tensor:
+        """`[B, in_width]` -> `[B, out_width]`, both grouped, and so is `row` `[B]`."""
+        for linear, dropout in zip(self.hidden, self.dropouts, strict=True):
+            x = dropout(torch.relu(linear(x, groups)), row)
+        logits: Tensor = self.last(x, groups)
+        return logits
+
+
+@final
+class ScenarioNorm(nn.Module):
+    """STAR's partitioned normalisation (Sheng et al., 2021, section 3.3), for batches that mix scenarios.
+
+        train     z' = gamma * gamma_s * (z - mu_s) / sqrt(var_s + eps) + beta + beta_s      statistics of the batch
+        evaluate  the same with the running statistics of the scenario                      nothing else is read
+
+    The statistics of a scenario are over its rows on *all* ranks, in one reduction forward and one backward, so that
+    training does not depend on the world size. Sums are fp64 and of distances to the running mean, lest they cancel.
+
+    The paper leaves open, and this does:
+    - A scenario with fewer than 2 rows in the global batch has no variance: it is normalised by its running
+      statistics, as in evaluation, and leaves them as they are.
+    - Batch variance is biased, running variance unbiased, as in `nn.BatchNorm1d`.
+    - Update k of a scenario weighs max(momentum, 1 / k): the plain average at first, so that a rare scenario does not
+      keep the initial statistics for long.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    updates: Tensor
+
+    def __init__(self, scenarios: int, width: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.beta = nn.Parameter(torch.zeros(width))
+        self.scenario_gamma = nn.Parameter(torch.ones(scenarios, width))
+        self.scenario_beta = nn.Parameter(torch.zeros(scenarios, width))
+        self.register_buffer("running_mean", torch.zeros(scenarios, width))
+        self.register_buffer("running_var", torch.ones(scenarios, width))
+        self.register_buffer("updates", torch.zeros(scenarios, 1, dtype=torch.int64))
+
+    def forward(self, x: Tensor, groups: ScenarioGroups) -> Tensor:
+        """`[B, D]` -> `[B, D]`, both grouped."""
+        mean, var = self._batch_statistics(x, groups) if self.training else (self.running_mean, self.running_var)
+        scale = self.gamma * self.scenario_gamma * torch.rsqrt(var + self.eps)
+        return (x - groups.spread(mean)) * groups.spread(scale) + groups.spread(self.beta + self.scenario_beta)
+
+    def _batch_statistics(self, x: Tensor, groups: ScenarioGroups) -> tuple[Tensor, Tensor]:
+        """Mean and variance `[S, D]` of the global batch; updates the running ones."""
+        centred = x - groups.spread(self.running_mean)
+        sums = groups.sums(torch.cat([centred, centred.square()], dim=1))
+        moments = sum_over_ranks(torch.cat([groups.counts[:, None].to(sums), sums], dim=1))
+        count, first, second = moments.split_with_sizes([1, x.shape[1], x.shape[1]], dim=1)
+        enough = count >= 2
+        offset = first / count.clamp(min=1)
+        var = (second / count.clamp(min=1) - offset.square()).clamp(min=0)
+        mean = torch.where(enough, self.running_mean + offset, self.running_mean).to(x.dtype)
+        used_var = torch.where(enough, var, self.running_var).to(x.dtype)
+        with torch.no_grad():
+            self.updates += enough
+            weight = enough * (1.0 / self.updates.clamp(min=1)).clamp(min=self.momentum)
+            self.running_mean += weight * offset
+            self.running_var += weight * (var * count / (count - 1).clamp(min=1) - self.running_var)
+        return mean, used_var
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """`x` summed over the ranks of the default process group, if there is one; so is its gradient."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    total: Tensor = _SumOverRanks.apply(x)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SumOverRanks(torch.autograd.Function):
+    # torch.distributed.nn.functional.all_reduce does the same, but is deprecated.
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total

@@ -1,0 +1,67 @@
+"""MMoE: multi-gate mixture of experts.
+
+Ma et al., 2018, "Modeling task relationships in multi-task learning with multi-gate mixture-of-experts":
+
+    h_k     = expert_k(x)                                       x [B, D] joined groups, h [B, E, W]
+    g_st    = softmax(x G_st + c_st)                            [B, E]
+    logit_t = tower_st(sum_k g_stk h_k)                         s the row's scenario, t a label; logits [B, T]
+
+Deviations:
+- A task is a pair of scenario and label: it has its own gate and its own tower. The experts are shared by all.
+- A row is computed by its own scenario's gates and towers alone.
+- The gates have a bias; it starts at 0, as do those of experts and towers.
+"""
+
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Rate, Width, Widths
+from msr_dist.models.layers import Experts, ScenarioGroups, ScenarioLinear, ScenarioTower
+from msr_dist.schema import FeatureSchema
+
+
+class Config(BackboneConfig):
+    """Settings of MMoE."""
+
+    kind: Literal["mmoe"] = "mmoe"
+    experts: Width = 4
+    """Number of experts, shared by all scenarios and labels."""
+    widths: Widths = (128, 64)
+    """Units of each layer of an expert."""
+    tower_widths: Widths = (32,)
+    """Units of each hidden layer of a tower."""
+    dropout: Rate = 0.0
+    """Share of hidden units silenced in training, in experts and towers."""
+
+    def build(self, schema: FeatureSchema) -> "Mmoe":
+        """The network for this schema."""
+        return Mmoe(self, schema)
+
+
+@final
+class Mmoe(Backbone):
+    """Shared experts, mixed and judged by a gate and a tower per scenario and label."""
+
+    def __init__(self, config: Config, schema: FeatureSchema) -> None:
+        super().__init__()
+        self.scenarios = len(schema.scenarios)
+        width = sum(schema.group_widths().values())
+        self.experts = Experts(config.experts, width, config.widths, config.dropout)
+        self.gates = nn.ModuleList(ScenarioLinear(self.scenarios, width, config.experts) for _ in schema.labels)
+        self.towers = nn.ModuleList(
+            ScenarioTower(self.scenarios, self.experts.out_width, config.tower_widths, 1, config.dropout)
+            for _ in schema.labels
+        )
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Logits `[B, T]`."""
+        groups = ScenarioGroups.of(inputs.scenario, self.scenarios)
+        row, x = groups.group(inputs.row), groups.group(inputs.joined())
+        hidden = self.experts(x, row)
+        logits = []
+        for gate, tower in zip(self.gates, self.towers, strict=True):
+            share = torch.softmax(gate(x, groups), dim=1)
+            logits.append(tower((share[:, :, None] * hidden).sum(dim=1), row, groups))
+        return groups.restore(torch.cat(logits, dim=1))

@@ -1,0 +1,73 @@
+"""Every model file, small schemas and random inputs for it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import msr_dist.models
+from msr_dist.config import kind_config
+from msr_dist.models.base import Backbone, Inputs
+from msr_dist.schema import Feature, FeatureSchema, Label, Numeric, Scenario, Table
+
+FOLDER = Path(msr_dist.models.__file__).parent
+KINDS = sorted({file.stem for file in FOLDER.glob("*.py")} - {"__init__", "base", "layers"})
+SCENARIOS = 13
+"""No layer's width or bank is of this size, so a parameter of this length is one line per scenario."""
+ABSENT = 10
+
+
+def schema(labels: int = 1, scenarios: int = SCENARIOS) -> FeatureSchema:
+    return FeatureSchema(
+        user="user",
+        item="item",
+        labels=tuple(Label(name=f"label{t}") for t in range(labels)),
+        scenarios=tuple(Scenario(id=s, name=f"scenario{s}") for s in range(scenarios)),
+        tables=(Table(name="user", rows=9, width=8), Table(name="item", rows=9, width=12)),
+        features=(Feature(name="user", table="user", group="user"), Feature(name="item", table="item", group="item")),
+        numerics=(Numeric(name="age"), Numeric(name="hour")),
+    )
+
+
+def config(kind: str, **settings: Any) -> Any:
+    """The default settings of `kind`, and those of `settings` that it knows."""
+    cls = kind_config("msr_dist.models", kind)
+    return cls(**{"kind": kind} | {name: value for name, value in settings.items() if name in cls.model_fields})
+
+
+def build(kind: str, labels: int = 1, scenarios: int = SCENARIOS, seed: int = 0, **settings: Any) -> Backbone:
+    torch.manual_seed(seed)
+    return config(kind, **settings).build(schema(labels, scenarios))
+
+
+def inputs(scenario: torch.Tensor, seed: int = 1) -> Inputs:
+    """Random leaves that want a gradient, one row per entry of `scenario`."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = {
+        name: torch.randn(len(scenario), width, generator=generator).requires_grad_()
+        for name, width in schema().group_widths().items()
+    }
+    return Inputs(groups, scenario, torch.arange(len(scenario)) + 1000)
+
+
+def mixed(rows: int, seed: int = 1) -> Inputs:
+    """Rows of all scenarios but `ABSENT`, in random order."""
+    present = torch.tensor([s for s in range(SCENARIOS) if s != ABSENT])
+    scenario = present[torch.arange(rows) % len(present)]
+    return inputs(scenario[torch.randperm(rows, generator=torch.Generator().manual_seed(seed))], seed)
+
+
+def take(batch: Inputs, index: Any) -> Inputs:
+    """Some rows of `batch`, as leaves of their own."""
+    groups = {name: x.detach()[index].requires_grad_() for name, x in batch.groups.items()}
+    return Inputs(groups, batch.scenario[index], batch.row[index])
+
+
+def train(model: Backbone, batch: Inputs, steps: int = 3) -> Backbone:
+    """A few steps, so that nothing is as it was at the start."""
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(batch) - batch.row[:, None] % 3).square().mean().backward()
+        optimizer.step()
+    return model
