@@ -1,0 +1,183 @@
+"""Checkpoints that are complete or do not exist, and that any world size and any sharding plan can continue.
+
+A checkpoint is a folder `stage-S-step-N` of torch's distributed checkpoint files (tensors by logical name and shape)
+and a `state.json` with the position and the sizes of the other files. It is written under another name, then renamed.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from msr_dist.config import Config
+from msr_dist.distributed import World
+
+log = logging.getLogger(__name__)
+
+STATE_FILE = "state.json"
+_PARTIAL = ".partial"
+
+
+class CheckpointConfig(Config):
+    """When to save, and how much to keep."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Save every so many steps; the end of an epoch and of a stage is saved anyway."""
+    keep: int = Field(default=2, ge=1)
+    """How many checkpoints stay; the oldest go first."""
+
+
+class TrainState(Config):
+    """The position of a run."""
+
+    stage: int = 0
+    """Index of the stage; the number of stages once all are done."""
+    step: int = 0
+    """Steps done in this stage."""
+    samples: int = 0
+    """Rows read in this stage, all ranks together."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    state: TrainState
+
+    @classmethod
+    def read(cls, folder: Path) -> "Checkpoint":
+        """Check that `folder` is complete; ValueError with what is missing where it is not."""
+        try:
+            record = json.loads((folder / STATE_FILE).read_text())
+            state = TrainState(**record["state"])
+            sizes: dict[str, int] = record["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"checkpoint {folder} is half-written: no readable {STATE_FILE}; {_REMEDY}") from None
+        for name, size in sizes.items():
+            found = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if found != size:
+                has = "is absent" if found is None else f"has {found} bytes"
+                raise ValueError(f"checkpoint {folder} is damaged: {name} {has}, {size} were written; {_REMEDY}")
+        return cls(folder, state)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load into `tensors`, in place and whatever their sharding; all ranks together.
+
+        Raises:
+            ValueError: the checkpoint holds other tensors or other shapes.
+        """
+        self._compare(tensors)
+        load(dict(tensors), checkpoint_id=self.folder)
+
+    def _compare(self, tensors: Mapping[str, Tensor]) -> None:
+        stored = FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        remedy = "continue it with the configuration that wrote it, or choose another name for this run"
+        for name, tensor in tensors.items():
+            there = stored.get(name)
+            if not isinstance(there, TensorStorageMetadata):
+                raise ValueError(f"checkpoint {self.folder} is of another model: it has no {name!r}; {remedy}")
+            if there.size != tensor.size():
+                raise ValueError(
+                    f"checkpoint {self.folder} is of another model: {name!r} has shape {tuple(there.size)} "
+                    f"there, {tuple(tensor.size())} here; {remedy}"
+                )
+        # Optimizer state may be absent here: a rank knows that of its own shards alone.
+        surplus = sorted(name for name in stored if name.startswith("model/") and name not in tensors)
+        if surplus:
+            raise ValueError(f"checkpoint {self.folder} is of another model: this one has no {surplus[0]!r}; {remedy}")
+
+
+_REMEDY = "remove that folder to go on from the one before it"
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig, world: World) -> None:
+        self._folder, self._keep, self._world = folder, config.keep, world
+
+    def newest(self) -> Checkpoint | None:
+        """The newest complete checkpoint, the same on every rank; None where there is none at all.
+
+        Raises:
+            ValueError: there are checkpoints, and none of them is complete.
+        """
+        answer: list[Checkpoint | str | None] = [None]
+        if self._world.rank == 0:
+            try:
+                answer = [newest(self._folder)]
+            except ValueError as error:
+                answer = [str(error)]
+        dist.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], str):
+            raise ValueError(answer[0])
+        return answer[0]
+
+    def save(self, tensors: Mapping[str, Tensor], state: TrainState) -> Path:
+        """Write a checkpoint; all ranks together. It exists once this returns, or not at all."""
+        target = self._folder / f"stage-{state.stage}-step-{state.step:09d}"
+        partial = target.with_name(target.name + _PARTIAL)
+        if self._world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        save(dict(tensors), checkpoint_id=partial)
+        if self._world.rank == 0:
+            _commit(partial, target, state)
+            self._prune()
+        dist.barrier()
+        return target
+
+    def _prune(self) -> None:
+        for folder in _folders(self._folder)[self._keep :]:
+            shutil.rmtree(folder)
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint in `folder`, read on this process alone; damaged ones are named in the log."""
+    folders = _folders(folder)
+    faults: list[str] = []
+    for candidate in folders:
+        try:
+            found = Checkpoint.read(candidate)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            log.warning("%s; going on from %s", fault.split(";")[0], candidate.name)
+        return found
+    if faults:
+        raise ValueError(f"{faults[0].split(';')[0]}, and no older one is complete; remove {folder} to start afresh")
+    return None
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Newest first; those that were never completed have another name."""
+    names = [path for path in folder.glob("stage-*-step-*") if path.suffix != _PARTIAL and path.is_dir()]
+    return sorted(names, key=lambda path: [int(part) for part in path.name.split("-")[1::2]], reverse=True)
+
+
+def _commit(partial: Path, target: Path, state: TrainState) -> None:
+    sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+    with open(partial / STATE_FILE, "w") as file:
+        json.dump({"state": state.model_dump(), "files": sizes}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,29 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from msr_dist.launch import set_threads
+
+set_threads(os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A Ray of this test session's own, reachable from this machine alone."""
+    os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        # Workers import the functions that tests launch.
+        runtime_env={"env_vars": set_threads(2) | {"PYTHONPATH": str(Path(__file__).parent)}},
+    )
+    yield
+    ray.shutdown()

@@ -1,0 +1,107 @@
+"""Functions that tests launch in other processes."""
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import canonical
+import torch
+import torch.distributed as dist
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from msr_dist.checkpoint import CheckpointConfig, Checkpoints, TrainState
+from msr_dist.data.loader import Loader, LoaderConfig
+from msr_dist.data.order import Order
+from msr_dist.data.parquet import ParquetSource
+from msr_dist.distributed import open_world
+from msr_dist.models.mmoe import Config as Mmoe
+from msr_dist.optim import DenseOptimizer, Schedule, SparseOptimizer
+from msr_dist.parallel import ParallelConfig, TableSharding, shard, table_shards
+from msr_dist.recommender import EmbeddingsConfig, Recommender
+
+
+def report_world(folder: Path) -> None:
+    """Leave in `folder` what each rank knows of its world."""
+    with open_world() as world:
+        ranks = [None] * world.world_size
+        dist.all_gather_object(ranks, world.rank)
+        known = {"rank": world.rank, "world_size": world.world_size, "ranks": ranks, "local": world.local_rank}
+        settings = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
+        (folder / f"rank-{world.rank}.json").write_text(json.dumps(known | settings))
+
+
+def refuse_on_rank_1(_folder: Path) -> None:
+    with open_world() as world:
+        if world.rank == 1:
+            raise ValueError("row group 7, column 'user': 3 nulls; prepare the data again")
+        dist.barrier()
+
+
+def die_once(folder: Path) -> None:
+    """Rank 1 kills itself the first time."""
+    with open_world() as world:
+        marker = folder / "died"
+        if world.rank == 1 and not marker.exists():
+            marker.write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.barrier()
+    report_world(folder)
+
+
+def always_fail(_folder: Path) -> None:
+    raise KeyError("a fault of ours")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Some steps of a small model, as `train_steps` does them."""
+
+    data: Path
+    folder: Path
+    layouts: tuple[str, str, str]
+    optimizer: str = "rowwise_adagrad"
+    precision: str = "fp32"
+    decay: str = "constant"
+    scale: float = 1.0
+    first: int = 0
+    last: int = 30
+    save: bool = False
+
+
+def train_steps(job: Training) -> None:
+    """Leave the losses of steps `first` to `last - 1` in losses.json and one table's first row in weights.json."""
+    with open_world() as world:
+        schema = EmbeddingsConfig(precision=job.precision).apply(canonical.schema())
+        source = ParquetSource(job.data / "train", schema)
+        order = Order(tuple(group.rows for group in source.row_groups), 6, 120, seed=1, window_rows=600)
+        torch.manual_seed(0)
+        model = Recommender(schema, Mmoe(kind="mmoe").build(schema), EmbeddingsConfig())
+        names = ("users", "items_", "tags")
+        parallel = ParallelConfig(
+            tables={name: TableSharding(sharding=(kind,)) for name, kind in zip(names, job.layouts, strict=True)}
+        )
+        sharded = shard(model, parallel, SparseOptimizer(kind=job.optimizer), DenseOptimizer(), world, 60, seed=1)
+        checkpoints = Checkpoints(job.folder / "checkpoints", CheckpointConfig(), world)
+        if job.first:
+            found = checkpoints.newest()
+            assert found is not None
+            assert found.state == TrainState(step=job.first)
+            sharded.allocate_state()
+            found.restore(sharded.tensors())
+        batches = Loader(source, schema, order, world.rank, world.world_size, LoaderConfig()).batches(
+            job.first, job.last
+        )
+        pipeline = TrainPipelineSparseDist(sharded.model, sharded.optimizer, world.device, execute_all_batches=True)
+        schedule = Schedule(decay=job.decay)
+        losses = []
+        for step in range(job.first, job.last):
+            sharded.scale_learning_rates(job.scale * schedule.factor(step, 30))
+            losses.append(world.sum(pipeline.progress(batches).loss.double()).item() / world.world_size)
+        if job.save:
+            checkpoints.save(sharded.tensors(), TrainState(step=job.last))
+        if world.rank == 0:
+            (job.folder / "losses.json").write_text(json.dumps(losses))
+            rows = {name: weights[0].float().tolist() for name, weights, _, _ in table_shards(sharded.model)}
+            (job.folder / "weights.json").write_text(json.dumps(rows))

@@ -1,0 +1,109 @@
+import json
+import shutil
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from msr_dist.checkpoint import STATE_FILE, Checkpoint, CheckpointConfig, Checkpoints, TrainState, newest
+from msr_dist.distributed import open_world
+
+
+@pytest.fixture
+def world():
+    with open_world() as opened:
+        yield opened
+
+
+def tensors(value: float = 0.0) -> dict[str, torch.Tensor]:
+    return {"model/weight": torch.full((3, 2), value), "optimizer/weight/exp_avg": torch.full((3, 2), value + 1)}
+
+
+def save(folder, world, step: int, keep: int = 2):
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=keep), world)
+    return checkpoints.save(tensors(step), TrainState(step=step, samples=10 * step))
+
+
+def test_what_is_saved_is_restored_with_its_position(tmp_path, world):
+    save(tmp_path, world, 7)
+    found = Checkpoints(tmp_path, CheckpointConfig(), world).newest()
+    assert found.state == TrainState(step=7, samples=70)
+    target = tensors()
+    found.restore(target)
+    assert torch.equal(target["model/weight"], tensors(7)["model/weight"])
+    assert torch.equal(target["optimizer/weight/exp_avg"], tensors(7)["optimizer/weight/exp_avg"])
+
+
+def test_no_checkpoint_at_all(tmp_path, world):
+    assert Checkpoints(tmp_path / "none", CheckpointConfig(), world).newest() is None
+
+
+def test_only_the_newest_stay(tmp_path, world):
+    for step in (5, 20, 100):
+        save(tmp_path, world, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stage-0-step-000000020", "stage-0-step-000000100"]
+
+
+def test_a_later_stage_is_newer_whatever_its_step(tmp_path, world):
+    save(tmp_path, world, 50)
+    Checkpoints(tmp_path, CheckpointConfig(), world).save(tensors(), TrainState(stage=1, step=2))
+    assert newest(tmp_path).state == TrainState(stage=1, step=2)
+
+
+def test_one_that_was_never_finished_does_not_count(tmp_path, world):
+    done = save(tmp_path, world, 5)
+    shutil.copytree(done, tmp_path / "stage-0-step-000000009.partial")
+    assert newest(tmp_path).folder == done
+    save(tmp_path, world, 9)  # takes the place of what the crash left
+    assert newest(tmp_path).state.step == 9
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def damage_state(folder):
+    (folder / STATE_FILE).unlink()
+
+
+def truncate_tensors(folder):
+    file = next(folder.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def lose_metadata(folder):
+    (folder / ".metadata").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_state, truncate_tensors, lose_metadata])
+def test_a_half_written_one_is_passed_over_and_named(tmp_path, world, caplog, damage):
+    older = save(tmp_path, world, 5)
+    damage(save(tmp_path, world, 9))
+    assert newest(tmp_path).folder == older
+    assert "stage-0-step-000000009" in caplog.text
+    assert "going on from stage-0-step-000000005" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [damage_state, truncate_tensors, lose_metadata])
+def test_when_none_is_complete_nothing_is_guessed(tmp_path, world, damage):
+    damage(save(tmp_path, world, 5))
+    with pytest.raises(ValueError, match=r"stage-0-step-000000005 is .*, and no older one is complete; remove .*"):
+        Checkpoints(tmp_path, CheckpointConfig(), world).newest()
+
+
+@pytest.mark.parametrize(
+    ("here", "says"),
+    [
+        ({"model/weight": torch.zeros(4, 2)}, r"'model/weight' has shape \(3, 2\) there, \(4, 2\) here"),
+        ({"model/weight": torch.zeros(3, 2), "model/bias": torch.zeros(1)}, "it has no 'model/bias'"),
+        ({}, "this one has no 'model/weight'"),
+    ],
+)
+def test_one_of_another_model_is_refused(tmp_path, world, here, says):
+    found = Checkpoint.read(save(tmp_path, world, 1))
+    with pytest.raises(ValueError, match=rf"is of another model: .*{says}"):
+        found.restore(here)
+
+
+def test_the_state_lists_the_files_with_their_sizes(tmp_path, world):
+    folder = save(tmp_path, world, 1)
+    record = json.loads((folder / STATE_FILE).read_text())
+    assert record["files"] == {file.name: file.stat().st_size for file in folder.iterdir() if file.name != STATE_FILE}
+    assert set(FileSystemReader(folder).read_metadata().state_dict_metadata) == set(tensors())

@@ -1,0 +1,110 @@
+"""Sharding on real process groups: launched ranks train a small model under different plans."""
+
+import json
+
+import canonical
+import launched
+import pytest
+import torch
+
+from msr_dist.distributed import World
+from msr_dist.launch import launch
+from msr_dist.models.mlp import Config as Mlp
+from msr_dist.optim import SparseOptimizer
+from msr_dist.parallel import ParallelConfig, TableSharding, make_plan
+from msr_dist.recommender import EmbeddingsConfig, Recommender
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return canonical.write(tmp_path_factory.mktemp("data"), rows=3000)
+
+
+def losses(tmp_path, data, workers: int, layouts: tuple[str, str, str], **settings) -> list[float]:
+    job = launched.Training(data=data, folder=tmp_path, layouts=layouts, **settings)
+    launch(launched.train_steps, job, "local", workers, tmp_path)
+    return json.loads((tmp_path / "losses.json").read_text())
+
+
+WHOLE = ("table_wise", "table_wise", "table_wise")
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd"])
+def test_the_plan_and_the_world_size_change_no_loss(tmp_path, data, optimizer):
+    alone = losses(tmp_path, data, 1, WHOLE, optimizer=optimizer)
+    # A table's layout must not decide what trains it: each layout meets each table once over the three plans.
+    by_column = "table_row_wise" if optimizer == "rowwise_adagrad" else "column_wise"
+    plans = {3: ("row_wise", by_column, "data_parallel"), 2: ("data_parallel", "row_wise", by_column)}
+    for workers, layouts in plans.items():
+        assert losses(tmp_path, data, workers, layouts, optimizer=optimizer) == pytest.approx(alone, rel=1e-6)
+    assert alone[-1] < alone[0] * 0.99
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad"])
+def test_a_checkpoint_continues_under_any_plan(tmp_path, data, optimizer):
+    whole = losses(tmp_path, data, 1, WHOLE, optimizer=optimizer)
+    by_column = "row_wise" if optimizer == "rowwise_adagrad" else "column_wise"
+    losses(tmp_path, data, 2, ("row_wise", "data_parallel", by_column), optimizer=optimizer, last=12, save=True)
+    for workers, layouts in {1: WHOLE, 3: ("data_parallel", by_column, "table_wise")}.items():
+        resumed = losses(tmp_path, data, workers, layouts, optimizer=optimizer, first=12)
+        assert resumed == pytest.approx(whole[12:], rel=1e-6)
+
+
+def test_half_precision_tables_train_and_continue(tmp_path, data):
+    whole = losses(tmp_path, data, 1, WHOLE, precision="fp16")
+    assert whole != losses(tmp_path, data, 1, WHOLE)
+    losses(tmp_path, data, 2, ("row_wise", "table_wise", "row_wise"), precision="fp16", last=12, save=True)
+    resumed = losses(tmp_path, data, 1, WHOLE, precision="fp16", first=12)
+    assert resumed == pytest.approx(whole[12:], rel=1e-3)
+
+
+def test_the_learning_rate_really_moves(tmp_path, data):
+    constant = losses(tmp_path, data, 1, WHOLE)
+    falling = losses(tmp_path, data, 1, WHOLE, decay="linear")
+    assert falling[0] == constant[0]
+    assert falling != constant
+    still = losses(tmp_path, data, 1, WHOLE, scale=0.0)
+    weights = json.loads((tmp_path / "weights.json").read_text())
+    losses(tmp_path, data, 1, WHOLE, scale=0.0, last=1)
+    assert json.loads((tmp_path / "weights.json").read_text()) == weights
+    assert still[0] == constant[0]
+
+
+def plan(config: ParallelConfig, optimizer="rowwise_adagrad", world_size=2, rows=None):
+    schema = canonical.schema()
+    if rows:
+        tables = {"users": schema.table("users").model_copy(update={"rows": rows})}
+        schema = schema.with_tables(tables)
+    model = Recommender(schema, Mlp(kind="mlp").build(schema), EmbeddingsConfig())
+    world = World(0, world_size, 0, world_size, CPU)
+    return make_plan(model, config, SparseOptimizer(kind=optimizer), world, batch_size=64)
+
+
+def test_a_plan_keeps_to_what_is_allowed():
+    text = str(plan(ParallelConfig(sharding=("row_wise",), tables={"tags": TableSharding(sharding=("table_wise",))})))
+    kinds = {line.split("|")[0].strip(): line.split("|")[1].strip() for line in text.splitlines() if "wise" in line}
+    assert kinds == {"users": "row_wise", "items_": "row_wise", "tags": "table_wise"}
+
+
+@pytest.mark.parametrize(
+    ("config", "optimizer", "says"),
+    [
+        (
+            {"tables": {"zzz": {"sharding": ("row_wise",)}}},
+            "sgd",
+            "no table 'zzz' in the model; it has users",
+        ),
+        ({"sharding": ("column_wise",)}, "rowwise_adagrad", "column_wise does not go with rowwise_adagrad"),
+        ({}, "adam", "no fused Adam for CPU; choose rowwise_adagrad, adagrad or sgd"),
+    ],
+)
+def test_layouts_that_would_change_the_optimizer(config, optimizer, says):
+    with pytest.raises(ValueError, match=says):
+        plan(ParallelConfig(**config), optimizer)
+
+
+def test_tables_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"no layout fits: .* GiB of fp32 tables"):
+        plan(ParallelConfig(), rows=10**13)

@@ -1,0 +1,92 @@
+import canonical
+import pytest
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from msr_dist.batch import ScenarioBatch
+from msr_dist.models.base import Backbone, Inputs
+from msr_dist.recommender import EmbeddingsConfig, Head, Recommender, TableOverride, module_name
+
+
+class Remembering(Backbone):
+    """Logits of zero; keeps what it was given."""
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        self.seen = inputs
+        return torch.zeros(len(inputs.scenario), 2, requires_grad=True)
+
+
+def batch() -> ScenarioBatch:
+    return ScenarioBatch(
+        ids=KeyedJaggedTensor(
+            keys=["user", "item", "history", "tags"],
+            values=torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, 9]),
+            lengths=torch.tensor([1, 1, 1, 1, 3, 0, 1, 1]),
+        ),
+        numeric=torch.tensor([[0.5], [-0.5]]),
+        scenario=torch.tensor([0, 2]),
+        labels=torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
+        weights=torch.tensor([[1.0, 0.0], [1.0, 3.0]]),
+        row=torch.tensor([10, 11]),
+        rows_per_rank=2.0,
+    )
+
+
+def embedded(keys: list[str]) -> KeyedTensor:
+    """Each feature's columns hold a number of its own."""
+    widths = {"user": 8, "item": 8, "history": 8, "tags": 4}
+    number = {"user": 1.0, "item": 2.0, "history": 6.0, "tags": 4.0}
+    return KeyedTensor(
+        keys=keys,
+        length_per_key=[widths[key] for key in keys],
+        values=torch.cat([torch.full((2, widths[key]), number[key]) for key in keys], dim=1),
+    )
+
+
+@pytest.mark.parametrize("keys", [["user", "item", "history", "tags"], ["tags", "history", "item", "user"]])
+def test_columns_are_found_by_name_whatever_the_plan_made_of_their_order(keys):
+    backbone = Remembering()
+    Head(canonical.schema(), backbone)(embedded(keys), batch())
+    groups = backbone.seen.groups
+    assert list(groups) == ["user", "item"]
+    assert groups["user"][0].tolist() == [1.0] * 8 + [2.0] * 8  # mean over a history of three
+    assert groups["user"][1].tolist() == [1.0] * 8 + [6.0] * 8  # an empty one divides by nothing
+    assert groups["item"][0].tolist() == [2.0] * 8 + [4.0] * 4 + [0.5]
+    assert {name: tensor.size(1) for name, tensor in groups.items()} == canonical.schema().group_widths()
+
+
+def test_the_loss_weighs_labels_and_divides_by_all_rows():
+    loss, predictions = Head(canonical.schema(), Remembering())(embedded(["user", "item", "history", "tags"]), batch())
+    assert loss.item() == pytest.approx(5 * torch.tensor(2.0).log().item() / 2)
+    assert not predictions.logits.requires_grad
+
+
+def test_tables_named_like_methods_of_a_module():
+    assert module_name("users") == "users"
+    assert module_name("items") == "items_"
+    assert module_name("user.id") == "user__id"
+    names = {config.name for config in _model().embeddings.embedding_bag_configs()}
+    assert names == {"users", "items_", "tags"}
+
+
+def _model() -> Recommender:
+    return Recommender(canonical.schema(), Remembering(), EmbeddingsConfig())
+
+
+def test_a_table_that_no_feature_uses_is_not_built():
+    schema = canonical.schema()
+    schema = schema.model_copy(update={"features": schema.features[:3]})
+    names = {
+        config.name
+        for config in Recommender(schema, Remembering(), EmbeddingsConfig()).embeddings.embedding_bag_configs()
+    }
+    assert names == {"users", "items_"}
+
+
+def test_widths_and_precisions_of_a_run():
+    config = EmbeddingsConfig(width=12, tables={"items": TableOverride(precision="fp16")})
+    schema = config.apply(canonical.schema())
+    assert [(table.width, table.precision) for table in schema.tables] == [(12, "fp32"), (12, "fp16"), (12, "fp32")]
+    with pytest.raises(ValueError, match="no table 'itemz' in the data; it has users, items, tags"):
+        EmbeddingsConfig(tables={"itemz": TableOverride(width=8)}).apply(canonical.schema())
