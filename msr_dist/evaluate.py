@@ -1,0 +1,80 @@
+"""Per-scenario quality of a trained run on one split."""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from msr_dist.checkpoint import Checkpoints
+from msr_dist.data.loader import Loader
+from msr_dist.data.order import Order
+from msr_dist.data.parquet import ParquetSource
+from msr_dist.distributed import World, open_world
+from msr_dist.metrics import Report, ScenarioMetrics
+from msr_dist.progress import Progress
+from msr_dist.run import METRICS_FILE, RunConfig
+from msr_dist.schema import FeatureSchema
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(run: RunConfig, split: str) -> None:
+    """Evaluate the newest checkpoint of `run` on `split` and write its metrics file; a function for any launcher.
+
+    Raises:
+        ValueError: the run has no complete checkpoint, or another model's; the split is absent or damaged.
+    """
+    with open_world() as world:
+        schema = run.read_schema()
+        found = Checkpoints(run.folder / "checkpoints", run.checkpoint, world).newest()
+        if found is None:
+            raise ValueError(f"{run.folder}: no checkpoint to evaluate; train the run first")
+        sharded = run.build(schema, run.stages[min(found.state.stage, len(run.stages) - 1)], world)
+        found.restore({name: tensor for name, tensor in sharded.tensors().items() if name.startswith("model/")})
+        report = evaluate_split(run, schema, sharded.model, split, world)
+        if report is not None:
+            write_report(report, metrics_file(run.folder, split))
+
+
+def evaluate_split(run: RunConfig, schema: FeatureSchema, model: nn.Module, split: str, world: World) -> Report | None:
+    """Metrics over all rows of `split`, on rank 0; None elsewhere. All ranks together; changes nothing in `model`."""
+    loader = evaluation_loader(run, schema, split, world.rank, world.world_size)
+    metrics = ScenarioMetrics(schema)
+    progress = Progress(f"evaluate {split}", loader.order.steps, shown=world.rank == 0)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in loader.batches(0, loader.order.steps):
+            user = batch.ids[schema.user].values()
+            _, predictions = model(batch.to(world.device))
+            metrics.update(batch.scenario, user, predictions.logits, batch.labels, batch.weights)
+            progress.advance()
+    progress.close()
+    model.train(training)
+    return metrics.compute()
+
+
+def evaluation_loader(run: RunConfig, schema: FeatureSchema, split: str, rank: int, world_size: int) -> Loader:
+    """Batches of `split` in the order of its files; no row is left out, none comes twice."""
+    source = ParquetSource(run.data / split, schema)
+    order = Order(
+        group_rows=tuple(group.rows for group in source.row_groups),
+        num_partitions=world_size,
+        batch_size=run.evaluation.batch_size,
+        window_rows=None,
+    )
+    return Loader(source, schema, order, rank, world_size, run.loader)
+
+
+def metrics_file(folder: Path, split: str) -> Path:
+    """Where the metrics of a split stand; the test split's have the plain name."""
+    return folder / (METRICS_FILE if split == "test" else f"metrics-{split}.json")
+
+
+def write_report(report: Report, file: Path) -> None:
+    """Write `report` as JSON, whole or not at all."""
+    temporary = file.with_suffix(".partial")
+    temporary.write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    temporary.replace(file)

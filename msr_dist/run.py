@@ -1,0 +1,155 @@
+"""What a run is: its configuration, its folder, and the model that it trains.
+
+RUNS/NAME/
+  config.toml          the resolved configuration
+  plan.txt             the sharding plan
+  metrics.jsonl        every value that was tracked, one line per step
+  metrics.json         per-scenario metrics of the test split
+  checkpoints/         stage-S-step-N
+"""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import Field
+
+from msr_dist.checkpoint import CheckpointConfig
+from msr_dist.config import Config, component, dump, load
+from msr_dist.data.loader import LoaderConfig
+from msr_dist.distributed import World
+from msr_dist.models.base import BackboneConfig
+from msr_dist.optim import DenseOptimizer, Schedule, SparseOptimizer
+from msr_dist.parallel import ParallelConfig, Sharded, make_plan, shard
+from msr_dist.recommender import EmbeddingsConfig, Recommender, module_name
+from msr_dist.schema import FeatureSchema
+from msr_dist.tracking import TrackingConfig
+
+CONFIG_FILE = "config.toml"
+METRICS_FILE = "metrics.json"
+PLAN_FILE = "plan.txt"
+
+
+class StageConfig(Config):
+    """One pass of training with its own optimizers; a later stage starts from the weights of the one before."""
+
+    name: str = "train"
+    epochs: int = Field(default=1, ge=1)
+    sparse: SparseOptimizer = SparseOptimizer()
+    dense: DenseOptimizer = DenseOptimizer()
+    schedule: Schedule = Schedule()
+
+
+class EvaluationConfig(Config):
+    """How the model is judged."""
+
+    batch_size: int = Field(default=16384, ge=1)
+    """Rows of all ranks in one evaluation step; changes no result."""
+    validate_epochs: int = Field(default=1, ge=0)
+    """Evaluate the valid split after every so many epochs; 0 never does."""
+
+    def validates_after(self, epochs: int) -> bool:
+        """Whether the valid split is due after so many epochs."""
+        return self.validate_epochs > 0 and epochs % self.validate_epochs == 0
+
+
+class RunConfig(Config):
+    """Everything about a run. `seed`, `data`, `loader`, `embeddings`, `model` and `stages` decide its losses."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    """Names the run's folder and the run in MLflow; the same name continues the same run."""
+    runs: Path = Path("runs")
+    """The folder of all runs."""
+    seed: int = Field(default=0, ge=0)
+    data: Path
+    """A folder that `msr-dist prepare` has made."""
+    loader: LoaderConfig = LoaderConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    model: component("msr_dist.models")  # type: ignore[valid-type]
+    """`kind` names a file in msr_dist/models, or a module of your own; the other keys are that model's."""
+    parallel: ParallelConfig = ParallelConfig()
+    stages: tuple[StageConfig, ...] = Field(default=(StageConfig(),), min_length=1)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    log_every: int = Field(default=20, ge=1)
+    """Steps between two tracked values of the training loss."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's own folder."""
+        return self.runs / self.name
+
+    def absolute(self) -> Self:
+        """The same run with paths that hold in any working directory: a worker's is not the driver's."""
+        return self.model_copy(update={"runs": self.runs.absolute(), "data": self.data.absolute()})
+
+    def read_schema(self) -> FeatureSchema:
+        """The schema of the data with this run's tables."""
+        return self.embeddings.apply(FeatureSchema.read(self.data))
+
+    def claim_folder(self) -> None:
+        """Create the run's folder; ValueError where it holds a run that would have had other losses."""
+        if (self.folder / CONFIG_FILE).exists():
+            before, now = _losses(load(RunConfig, self.folder / CONFIG_FILE)), _losses(self)
+            changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+            if changed:
+                key = changed[0]
+                raise ValueError(
+                    f"{self.folder} holds a run with {key} = {before.get(key)!r}, not {now.get(key)!r}: "
+                    "choose another name=, or delete that folder"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / CONFIG_FILE).write_text(dump(self))
+
+    def build(self, schema: FeatureSchema, stage: StageConfig, world: World) -> Sharded:
+        """The model of this run with the optimizers of `stage`, its weights drawn from the seed."""
+        recommender = self._recommender(schema)
+        recommender.head.to(world.device)
+        rows = -(-self.loader.batch_size // world.world_size)
+        return shard(recommender, self._layouts(), stage.sparse, stage.dense, world, rows, self.seed)
+
+    def dry_plan(self, world_size: int) -> str:
+        """The sharding plan for `world_size` ranks on machines like this one, without any data or process group."""
+        world = World.imagined(world_size)
+        rows = -(-self.loader.batch_size // world_size)
+        recommender = self._recommender(self.read_schema())
+        return str(make_plan(recommender, self._layouts(), self.stages[0].sparse, world, rows))
+
+    def _recommender(self, schema: FeatureSchema) -> Recommender:
+        torch.manual_seed(self.seed)
+        assert isinstance(self.model, BackboneConfig)
+        return Recommender(schema, self.model.build(schema), self.embeddings)
+
+    def _layouts(self) -> ParallelConfig:
+        tables = {module_name(table): layout for table, layout in self.parallel.tables.items()}
+        return self.parallel.model_copy(update={"tables": tables})
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The configuration of the run in `folder`, wherever that folder is now."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder}: no {CONFIG_FILE} there; give the folder of a run, such as runs/quickstart")
+    run = load(RunConfig, folder / CONFIG_FILE)
+    return run.model_copy(update={"runs": folder.absolute().parent, "name": folder.absolute().name})
+
+
+def _losses(run: RunConfig) -> dict[str, Any]:
+    """What decides the losses, by dotted key."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, below in value.items():
+                walk(f"{prefix}.{key}", below)
+        else:
+            flat[prefix] = value
+
+    whole = run.absolute().model_dump(mode="json")
+    for key in ("seed", "data", "loader", "embeddings", "model"):
+        walk(key, whole[key])
+    for index, stage in enumerate(whole["stages"]):
+        walk(f"stages.{index}", stage)
+    for key in ("loader.threads", "loader.prefetch"):
+        del flat[key]
+    return flat

@@ -1,0 +1,182 @@
+"""The whole training run, top to bottom, the same under every launcher."""
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from msr_dist.checkpoint import Checkpoint, Checkpoints, TrainState
+from msr_dist.config import dump
+from msr_dist.data.loader import Loader
+from msr_dist.data.order import Order
+from msr_dist.data.parquet import ParquetSource
+from msr_dist.distributed import World, open_world
+from msr_dist.evaluate import evaluate_split, evaluation_loader, metrics_file, write_report
+from msr_dist.parallel import Sharded
+from msr_dist.progress import Progress
+from msr_dist.run import CONFIG_FILE, PLAN_FILE, RunConfig
+from msr_dist.schema import FeatureSchema
+from msr_dist.tracking import Tracker, open_tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What stays the same through all stages of a run in one process."""
+
+    run: RunConfig
+    world: World
+    schema: FeatureSchema
+    loader: Loader
+    checkpoints: Checkpoints
+    tracker: Tracker
+
+
+def train(run: RunConfig) -> None:
+    """Train `run` from its newest checkpoint, or from the start, to its end, and evaluate it on the test split.
+
+    Every process calls this with the same `run`, whose folder exists.
+
+    Raises:
+        ValueError: the data, the configuration or a checkpoint do not fit together; the message says where.
+    """
+    with open_world() as world:
+        schema = run.read_schema()
+        source = ParquetSource(run.data / "train", schema)
+        loader = Loader(source, schema, _order(run, source), world.rank, world.world_size, run.loader)
+        checkpoints = Checkpoints(run.folder / "checkpoints", run.checkpoint, world)
+        found = checkpoints.newest()
+        with open_tracker(run.tracking, world.rank, run.folder, dump(run)) as tracker:
+            session = Session(run, world, schema, loader, checkpoints, tracker)
+            for index in range(found.state.stage if found else 0, len(run.stages)):
+                sharded = run.build(schema, run.stages[index], world)
+                _keep_plan(session, sharded)
+                state = _restore(sharded, found, index, loader.order)
+                found = _train_stage(session, sharded, state) or found
+            report = evaluate_split(run, schema, sharded.model, "test", world)
+            if report is not None:
+                write_report(report, metrics_file(run.folder, "test"))
+                tracker.log(report.flat("test"), run.stages[-1].epochs * loader.order.steps)
+                tracker.artifact(metrics_file(run.folder, "test"))
+
+
+def check(run: RunConfig, world_size: int) -> None:
+    """Raise what `train` would raise about configuration, schema, layouts and file footers, before workers start."""
+    schema = run.read_schema()
+    run.dry_plan(world_size)
+    source = ParquetSource(run.data / "train", schema)
+    Loader(source, schema, _order(run, source), 0, world_size, run.loader)
+    for split in ("valid", "test"):
+        evaluation_loader(run, schema, split, 0, world_size)
+
+
+def _order(run: RunConfig, source: ParquetSource) -> Order:
+    return Order(
+        group_rows=tuple(group.rows for group in source.row_groups),
+        num_partitions=run.loader.partitions,
+        batch_size=run.loader.batch_size,
+        seed=run.seed,
+        window_rows=run.loader.window_rows,
+    )
+
+
+def _restore(sharded: Sharded, found: Checkpoint | None, index: int, order: Order) -> TrainState:
+    """The state to go on from: within stage `index`, or at its start with the weights of the stage before."""
+    if found is None:
+        return TrainState()
+    if found.state.stage != index:
+        found.restore({name: tensor for name, tensor in sharded.tensors().items() if name.startswith("model/")})
+        return TrainState(stage=index)
+    if found.state.samples != order.samples(found.state.step):
+        raise ValueError(
+            f"checkpoint {found.folder} was written after {found.state.samples} rows in {found.state.step} steps, but "
+            f"the training data now make {order.samples(found.state.step)}: the data have changed since; restore them, "
+            "or start a run of another name"
+        )
+    sharded.allocate_state()
+    found.restore(sharded.tensors())
+    sharded.set_step(found.state.step)
+    log.info("resuming from %s", found.folder)
+    return found.state
+
+
+def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Checkpoint | None:
+    """Run the rest of a stage; the checkpoint of its end, or None where nothing was left to do."""
+    run, world, order = session.run, session.world, session.loader.order
+    stage = run.stages[state.stage]
+    steps = stage.epochs * order.steps
+    batches = session.loader.batches(state.step, steps)
+    pipeline = TrainPipelineSparseDist(sharded.model, sharded.optimizer, world.device, execute_all_batches=True)
+    progress = Progress(stage.name, steps, done=state.step, shown=world.rank == 0)
+    meter = _Meter(state)
+    end: Checkpoint | None = None
+    shown: dict[str, str] = {}
+    for step in range(state.step, steps):
+        sharded.scale_learning_rates(stage.schedule.factor(step, steps))
+        # Our models do not draw from this generator; a model from outside that does, resumes with the same numbers.
+        torch.manual_seed(hash((run.seed, state.stage, step, world.rank)))
+        meter.add(pipeline.progress(batches).loss)
+        state = TrainState(stage=state.stage, step=step + 1, samples=order.samples(step + 1))
+        epoch_ends = state.step % order.steps == 0
+        if state.step % run.log_every == 0 or state.step == steps:
+            loss, speed = meter.read(state, world)
+            _require_finite(loss, stage.name, state)
+            factor = stage.schedule.factor(step, steps)
+            values = {"loss": loss, "samples_per_second": speed, "lr_factor": factor}
+            session.tracker.log({f"{stage.name}/{name}": value for name, value in values.items()}, state.step)
+            shown = {"loss": f"{loss:.4f}", "samples/s": f"{speed:,.0f}"}
+        progress.advance(values=shown)
+        if epoch_ends or (run.checkpoint.every_steps and state.step % run.checkpoint.every_steps == 0):
+            end = Checkpoint(session.checkpoints.save(sharded.tensors(), state), state)
+        if epoch_ends and run.evaluation.validates_after(state.step // order.steps):
+            pipeline.detach()
+            report = evaluate_split(run, session.schema, sharded.model, "valid", world)
+            if report is not None:
+                session.tracker.log(report.flat("valid"), state.step)
+    progress.close()
+    # The pipeline has replaced the lookup's forward by one that waits for batches of the pipeline's own.
+    pipeline.detach()
+    return end
+
+
+def _keep_plan(session: Session, sharded: Sharded) -> None:
+    if session.world.rank == 0:
+        plan = session.run.folder / PLAN_FILE
+        plan.write_text(sharded.describe())
+        log.info("plan:\n%s", sharded.describe())
+        for file in (session.run.folder / CONFIG_FILE, plan):
+            session.tracker.artifact(file)
+
+
+def _require_finite(loss: float, stage: str, state: TrainState) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"stage {stage}: the loss is {loss} at step {state.step}: lower the learning rates (stages.N.sparse.lr, "
+            "stages.N.dense.lr) and start again from the last checkpoint"
+        )
+
+
+class _Meter:
+    """Mean loss and rows per second since it was last read."""
+
+    def __init__(self, state: TrainState) -> None:
+        self._losses: list[Tensor] = []
+        self._samples, self._read = state.samples, time.monotonic()
+
+    def add(self, loss: Tensor) -> None:
+        self._losses.append(loss)
+
+    def read(self, state: TrainState, world: World) -> tuple[float, float]:
+        """The loss averaged over steps and all ranks, all ranks together; and rows of all ranks per second."""
+        # In double: the mean of a few steps shall not depend on how many ranks shared them.
+        total = world.sum(torch.stack(self._losses).double().sum().cpu())
+        loss = total.item() / world.world_size / len(self._losses)
+        now = time.monotonic()
+        speed = (state.samples - self._samples) / (now - self._read)
+        self._losses, self._samples, self._read = [], state.samples, now
+        return loss, speed

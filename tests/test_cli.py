@@ -1,0 +1,111 @@
+import subprocess
+import sys
+
+import canonical
+import pytest
+import runs
+
+from msr_dist.cli import main
+
+
+def test_help_teaches_and_loads_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from msr_dist.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'duckdb', 'pyarrow', 'pydantic', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Examples:" in done.stdout
+    assert "--dry-run" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "evaluate"])
+def test_every_command_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"msr-dist {command} " in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return canonical.write(tmp_path_factory.mktemp("data"), rows=1500)
+
+
+def refused(capsys, *words) -> str:
+    """The one line that a wrong call gets, with status 2."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("msr-dist: ")
+    return lines[0]
+
+
+def test_a_dry_run_prints_configuration_and_plan_and_writes_nothing(tmp_path, data, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", str(runs.write_config(tmp_path, data)), "--dry-run", "--workers", "2"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert 'kind = "star"' in printed
+    assert "users  | " in printed
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("loader.batchsize=3", "loader.batchsize: unknown key; did you mean 'batch_size'?"),
+        ("model.kind=stra", "model: unknown kind 'stra'; did you mean 'star'?"),
+        ("seed=abc", "seed: Input should be a valid integer (got 'abc')"),
+        ("stages=[]", "stages: "),
+        ("name='a/b'", "name: "),
+        ("loader.partitions=5", "world size 2 does not divide 5 partitions"),
+        ("loader.partitions=100", "30 row groups cannot feed 100 partitions"),
+        ("loader.batch_size=2", "batch_size 2 leaves a partition without rows"),
+        (
+            "embeddings.tables.itmes.width=8",
+            "embeddings.tables: no table 'itmes' in the data; it has users, items, tags",
+        ),
+        ("data=/nowhere", "/nowhere: no schema.toml there; make the data with `msr-dist prepare`"),
+        ("stages=[{sparse={kind='adam'}}]", "fbgemm has no fused Adam for CPU"),
+        ("parallel.tables.users.sharding=['column_wise']", "column_wise does not go with rowwise_adagrad"),
+        ("tracking.uri='file:/tmp/x'", "tracking.uri: "),
+    ],
+)
+def test_a_wrong_setting_gets_one_line(tmp_path, data, capsys, override, says):
+    assert says in refused(capsys, "train", runs.write_config(tmp_path, data), override, "--workers", 2)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wrong_paths_get_one_line(tmp_path, data, capsys):
+    assert "no such file" in refused(capsys, "train", tmp_path / "absent.toml")
+    assert "no config.toml there" in refused(capsys, "evaluate", tmp_path)
+    assert "unknown kind 'nothing'" in refused(capsys, "prepare", "nothing", tmp_path / "out")
+    assert "rows" in refused(capsys, "prepare", "synthetic", tmp_path / "out", "rows=-5")
+    assert "unknown key" in refused(capsys, "prepare", "synthetic", tmp_path / "out", "rwos=5")
+    runs.write_config(tmp_path, data)
+    (tmp_path / "runs/new").mkdir(parents=True)
+    config = (tmp_path / "run.toml").read_text()
+    (tmp_path / "runs/new/config.toml").write_text(config)
+    assert "no checkpoint to evaluate; train the run first" in refused(capsys, "evaluate", tmp_path / "runs/new")
+
+
+def test_prepare_writes_data_that_train_takes(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["prepare", "synthetic", str(tmp_path / "data"), "rows=3000", "users=100", "items=50", "scenarios=3"])
+    assert end.value.code == 0
+    assert "rows: train 2," in capsys.readouterr().out
+    config = runs.write_config(tmp_path, tmp_path / "data", loader={"batch_size": 256}, stages=[{"epochs": 1}])
+    done = runs.call("train", config)
+    assert done.returncode == 0, done.stderr
+    assert "best AUC" in done.stdout
+    assert "next     msr-dist evaluate" in done.stdout
+    assert "Traceback" not in done.stderr
+    done = runs.call("evaluate", tmp_path / "runs/run", "--split", "valid", "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/run/metrics-valid.json").exists()

@@ -1,0 +1,45 @@
+import json
+
+import launched
+import pytest
+
+from msr_dist.launch import launch
+
+
+@pytest.fixture(params=["local", "ray"])
+def launcher(request):
+    if request.param == "ray":
+        request.getfixturevalue("ray_cluster")
+    return request.param
+
+
+def test_workers_know_each_other(tmp_path, launcher):
+    launch(launched.report_world, tmp_path, launcher, 2, tmp_path)
+    known = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert [entry["rank"] for entry in known] == [0, 1]
+    assert all(entry["ranks"] == [0, 1] for entry in known)
+    assert all(entry["OMP_WAIT_POLICY"] == "passive" for entry in known)
+
+
+def test_one_local_worker_is_this_process(tmp_path):
+    launch(launched.report_world, tmp_path, "local", 1, tmp_path)
+    assert json.loads((tmp_path / "rank-0.json").read_text())["world_size"] == 1
+
+
+def test_a_value_error_of_a_worker_comes_back_at_once(tmp_path, launcher):
+    with pytest.raises(ValueError, match=r"^row group 7, column 'user': 3 nulls; prepare the data again$"):
+        launch(launched.refuse_on_rank_1, tmp_path, launcher, 2, tmp_path, restarts=5)
+    assert not list(tmp_path.glob("refused*"))
+
+
+def test_a_killed_worker_is_started_again(tmp_path, launcher):
+    launch(launched.die_once, tmp_path, launcher, 2, tmp_path, restarts=1)
+    assert (tmp_path / "died").exists()
+    assert (tmp_path / "rank-1.json").exists()
+
+
+def test_restarts_are_counted(tmp_path):
+    with pytest.raises(RuntimeError, match="workers failed"):
+        launch(launched.die_once, tmp_path, "local", 2, tmp_path, restarts=0)
+    with pytest.raises(RuntimeError, match="workers failed"):
+        launch(launched.always_fail, tmp_path, "local", 2, tmp_path, restarts=1)
