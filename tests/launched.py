@@ -6,11 +6,11 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-import canonical
 import torch
 import torch.distributed as dist
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+import canonical
 from msr_dist.checkpoint import CheckpointConfig, Checkpoints, TrainState
 from msr_dist.data.loader import Loader, LoaderConfig
 from msr_dist.data.order import Order

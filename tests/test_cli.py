@@ -1,10 +1,10 @@
 import subprocess
 import sys
 
-import canonical
 import pytest
-import runs
 
+import canonical
+import command
 from msr_dist.cli import main
 
 
@@ -48,7 +48,7 @@ def refused(capsys, *words) -> str:
 
 def test_a_dry_run_prints_configuration_and_plan_and_writes_nothing(tmp_path, data, capsys):
     with pytest.raises(SystemExit) as end:
-        main(["train", str(runs.write_config(tmp_path, data)), "--dry-run", "--workers", "2"])
+        main(["train", str(command.write_config(tmp_path, data)), "--dry-run", "--workers", "2"])
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert 'kind = "star"' in printed
@@ -78,7 +78,7 @@ def test_a_dry_run_prints_configuration_and_plan_and_writes_nothing(tmp_path, da
     ],
 )
 def test_a_wrong_setting_gets_one_line(tmp_path, data, capsys, override, says):
-    assert says in refused(capsys, "train", runs.write_config(tmp_path, data), override, "--workers", 2)
+    assert says in refused(capsys, "train", command.write_config(tmp_path, data), override, "--workers", 2)
     assert not (tmp_path / "runs").exists()
 
 
@@ -88,7 +88,7 @@ def test_wrong_paths_get_one_line(tmp_path, data, capsys):
     assert "unknown kind 'nothing'" in refused(capsys, "prepare", "nothing", tmp_path / "out")
     assert "rows" in refused(capsys, "prepare", "synthetic", tmp_path / "out", "rows=-5")
     assert "unknown key" in refused(capsys, "prepare", "synthetic", tmp_path / "out", "rwos=5")
-    runs.write_config(tmp_path, data)
+    command.write_config(tmp_path, data)
     (tmp_path / "runs/new").mkdir(parents=True)
     config = (tmp_path / "run.toml").read_text()
     (tmp_path / "runs/new/config.toml").write_text(config)
@@ -100,12 +100,12 @@ def test_prepare_writes_data_that_train_takes(tmp_path, capsys):
         main(["prepare", "synthetic", str(tmp_path / "data"), "rows=3000", "users=100", "items=50", "scenarios=3"])
     assert end.value.code == 0
     assert "rows: train 2," in capsys.readouterr().out
-    config = runs.write_config(tmp_path, tmp_path / "data", loader={"batch_size": 256}, stages=[{"epochs": 1}])
-    done = runs.call("train", config)
+    config = command.write_config(tmp_path, tmp_path / "data", loader={"batch_size": 256}, stages=[{"epochs": 1}])
+    done = command.call("train", config)
     assert done.returncode == 0, done.stderr
     assert "best AUC" in done.stdout
     assert "next     msr-dist evaluate" in done.stdout
     assert "Traceback" not in done.stderr
-    done = runs.call("evaluate", tmp_path / "runs/run", "--split", "valid", "--workers", 2)
+    done = command.call("evaluate", tmp_path / "runs/run", "--split", "valid", "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/run/metrics-valid.json").exists()

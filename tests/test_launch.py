@@ -1,8 +1,8 @@
 import json
 
-import launched
 import pytest
 
+import launched
 from msr_dist.launch import launch
 
 

@@ -2,11 +2,11 @@
 
 import json
 
-import canonical
-import launched
 import pytest
 import torch
 
+import canonical
+import launched
 from msr_dist.distributed import World
 from msr_dist.launch import launch
 from msr_dist.models.mlp import Config as Mlp

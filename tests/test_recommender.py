@@ -1,9 +1,9 @@
-import canonical
 import pytest
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+import canonical
 from msr_dist.batch import ScenarioBatch
 from msr_dist.models.base import Backbone, Inputs
 from msr_dist.recommender import EmbeddingsConfig, Head, Recommender, TableOverride, module_name

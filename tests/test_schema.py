@@ -1,6 +1,6 @@
-import canonical
 import pytest
 
+import canonical
 from msr_dist.schema import FeatureSchema
 
 

@@ -6,10 +6,11 @@ import subprocess
 import sys
 import time
 
-import canonical
 import psutil
 import pytest
-import runs
+
+import canonical
+import command
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 
@@ -23,9 +24,9 @@ def data(tmp_path_factory):
 def alone(tmp_path_factory, data):
     """The losses of one process that is never disturbed."""
     folder = tmp_path_factory.mktemp("alone")
-    done = runs.call("train", runs.write_config(folder, data))
+    done = command.call("train", command.write_config(folder, data))
     assert done.returncode == 0, done.stderr
-    found = runs.losses(folder / "runs/run")
+    found = command.losses(folder / "runs/run")
     assert list(found) == list(range(1, 51))
     return found
 
@@ -38,14 +39,14 @@ def agree(found: dict[int, float], expected: dict[int, float]) -> None:
     ("launcher", "workers"), [("local", 2), ("local", 3), ("torchrun", 2), ("torchrun", 3), ("ray", 2), ("ray", 3)]
 )
 def test_every_launcher_and_world_size_gives_the_same_losses(tmp_path, data, alone, launcher, workers):
-    config = runs.write_config(tmp_path, data)
+    config = command.write_config(tmp_path, data)
     if launcher == "torchrun":
-        command = [*TORCHRUN, "--nproc-per-node", str(workers), "-m", "msr_dist"]
-        done = runs.call("train", config, launched_by=command)
+        torchrun = [*TORCHRUN, "--nproc-per-node", str(workers), "-m", "msr_dist"]
+        done = command.call("train", config, launched_by=torchrun)
     else:
-        done = runs.call("train", config, "--launcher", launcher, "--workers", workers)
+        done = command.call("train", config, "--launcher", launcher, "--workers", workers)
     assert done.returncode == 0, done.stderr
-    agree(runs.losses(tmp_path / "runs/run"), alone)
+    agree(command.losses(tmp_path / "runs/run"), alone)
     assert done.stdout.count("overall") >= 1
 
 
@@ -66,49 +67,49 @@ def wait_for_checkpoint(folder, process, seconds: float = 60) -> None:
 def test_a_killed_worker_and_another_world_size_change_no_loss(tmp_path, data):
     long = {"stages": [{"epochs": 12, "schedule": {"decay": "linear"}}], "checkpoint": {"every_steps": 7}}
     (tmp_path / "whole").mkdir()
-    done = runs.call("train", runs.write_config(tmp_path / "whole", data, **long))
+    done = command.call("train", command.write_config(tmp_path / "whole", data, **long))
     assert done.returncode == 0, done.stderr
-    whole = runs.losses(tmp_path / "whole/runs/run")
+    whole = command.losses(tmp_path / "whole/runs/run")
 
-    config = runs.write_config(tmp_path, data, **long)
-    words = [*runs.COMMAND, "train", str(config), "--workers", "2", "--restarts", "0"]
+    config = command.write_config(tmp_path, data, **long)
+    words = [*command.COMMAND, "train", str(config), "--workers", "2", "--restarts", "0"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_checkpoint(tmp_path / "runs/run", process)
     workers_of(process)[-1].send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
     assert "workers failed" in errors
-    broken = runs.losses(tmp_path / "runs/run")
+    broken = command.losses(tmp_path / "runs/run")
     assert 7 <= max(broken) < 300
 
     for workers in (3, 1):
-        done = runs.call("train", config, "--workers", workers)
+        done = command.call("train", config, "--workers", workers)
         assert done.returncode == 0, done.stderr
-        agree(runs.losses(tmp_path / "runs/run"), whole)
+        agree(command.losses(tmp_path / "runs/run"), whole)
 
 
 def test_a_killed_worker_is_replaced_without_losing_a_step(tmp_path, data):
     changes = {"stages": [{"epochs": 12}], "checkpoint": {"every_steps": 7}}
     (tmp_path / "whole").mkdir()
-    assert runs.call("train", runs.write_config(tmp_path / "whole", data, **changes)).returncode == 0
-    config = runs.write_config(tmp_path, data, **changes)
-    words = [*runs.COMMAND, "train", str(config), "--workers", "2", "--restarts", "1"]
+    assert command.call("train", command.write_config(tmp_path / "whole", data, **changes)).returncode == 0
+    config = command.write_config(tmp_path, data, **changes)
+    words = [*command.COMMAND, "train", str(config), "--workers", "2", "--restarts", "1"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_checkpoint(tmp_path / "runs/run", process)
     workers_of(process)[0].send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "starting all again" in errors
-    agree(runs.losses(tmp_path / "runs/run"), runs.losses(tmp_path / "whole/runs/run"))
+    agree(command.losses(tmp_path / "runs/run"), command.losses(tmp_path / "whole/runs/run"))
 
 
 def test_a_finished_run_is_evaluated_again_not_trained(tmp_path, data):
-    config = runs.write_config(tmp_path, data, evaluation={"validate_epochs": 0})
-    assert runs.call("train", config).returncode == 0
+    config = command.write_config(tmp_path, data, evaluation={"validate_epochs": 0})
+    assert command.call("train", config).returncode == 0
     lines = (tmp_path / "runs/run/metrics.jsonl").read_text().count("train/loss")
     report = (tmp_path / "runs/run/metrics.json").read_text()
     (tmp_path / "runs/run/metrics.json").unlink()
-    assert runs.call("train", config).returncode == 0
+    assert command.call("train", config).returncode == 0
     assert (tmp_path / "runs/run/metrics.jsonl").read_text().count("train/loss") == lines
     assert (tmp_path / "runs/run/metrics.json").read_text() == report
 
@@ -117,43 +118,43 @@ def test_a_second_stage_starts_from_the_weights_of_the_first(tmp_path, data):
     first = {"name": "first", "epochs": 2}
     second = {"name": "second", "epochs": 1, "sparse": {"kind": "adagrad"}, "dense": {"kind": "sgd", "lr": 0.01}}
     (tmp_path / "one").mkdir()
-    assert runs.call("train", runs.write_config(tmp_path / "one", data, stages=[first])).returncode == 0
-    both = runs.write_config(tmp_path, data, stages=[first, second])
-    assert runs.call("train", both, "--workers", 2).returncode == 0
+    assert command.call("train", command.write_config(tmp_path / "one", data, stages=[first])).returncode == 0
+    both = command.write_config(tmp_path, data, stages=[first, second])
+    assert command.call("train", both, "--workers", 2).returncode == 0
     folder = tmp_path / "runs/run"
-    agree(runs.losses(folder, "first/loss"), runs.losses(tmp_path / "one/runs/run", "first/loss"))
-    after = runs.losses(folder, "second/loss")
+    agree(command.losses(folder, "first/loss"), command.losses(tmp_path / "one/runs/run", "first/loss"))
+    after = command.losses(folder, "second/loss")
     assert len(after) == 25
-    assert sum(after.values()) / 25 < sum(list(runs.losses(folder, "first/loss").values())[:25]) / 25
+    assert sum(after.values()) / 25 < sum(list(command.losses(folder, "first/loss").values())[:25]) / 25
 
 
 def test_the_same_name_with_other_losses_is_refused(tmp_path, data):
-    config = runs.write_config(tmp_path, data)
-    assert runs.call("train", config).returncode == 0
+    config = command.write_config(tmp_path, data)
+    assert command.call("train", config).returncode == 0
     before = (tmp_path / "runs/run/config.toml").read_text()
-    done = runs.call("train", config, "seed=5")
+    done = command.call("train", config, "seed=5")
     assert done.returncode == 2
     assert "holds a run with seed = 0, not 5: choose another name=, or delete that folder" in done.stderr
     assert (tmp_path / "runs/run/config.toml").read_text() == before
     # What changes no loss may change.
-    done = runs.call("train", config, "loader.threads=1", "parallel.sharding=['row_wise']", "--workers", 2)
+    done = command.call("train", config, "loader.threads=1", "parallel.sharding=['row_wise']", "--workers", 2)
     assert done.returncode == 0, done.stderr
 
 
 def test_data_that_have_changed_since_the_checkpoint(tmp_path, data):
-    config = runs.write_config(tmp_path, data)
-    assert runs.call("train", config).returncode == 0
+    config = command.write_config(tmp_path, data)
+    assert command.call("train", config).returncode == 0
     other = canonical.write(tmp_path / "other", rows=2990)
     text = (tmp_path / "runs/run/config.toml").read_text().replace(str(data), str(other))
     (tmp_path / "runs/run/config.toml").write_text(text)
-    done = runs.call("train", config, f"data={other}")
+    done = command.call("train", config, f"data={other}")
     assert done.returncode == 2
     assert "the data have changed since" in done.stderr
 
 
 def test_a_loss_that_explodes_names_the_step(tmp_path, data):
     stages = [{"epochs": 1, "dense": {"kind": "sgd", "lr": 1e30}}]
-    done = runs.call("train", runs.write_config(tmp_path, data, stages=stages))
+    done = command.call("train", command.write_config(tmp_path, data, stages=stages))
     assert done.returncode == 2
     assert "the loss is nan at step" in done.stderr
     assert "lower the learning rates" in done.stderr
@@ -169,7 +170,7 @@ def test_bad_data_deep_in_a_file_end_a_run_of_several_workers(tmp_path):
         file.unlink()
     (data / "train").rmdir()
     canonical.write_split(data / "train", whole, canonical.uneven(1500, 30))
-    done = runs.call("train", runs.write_config(tmp_path, data), "--workers", 2)
+    done = command.call("train", command.write_config(tmp_path, data), "--workers", 2)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("msr-dist: ")
@@ -177,13 +178,13 @@ def test_bad_data_deep_in_a_file_end_a_run_of_several_workers(tmp_path):
 
 
 def test_metrics_cover_every_row_of_the_test_split(tmp_path, data):
-    config = runs.write_config(tmp_path, data)
-    assert runs.call("train", config, "--workers", 3).returncode == 0
+    config = command.write_config(tmp_path, data)
+    assert command.call("train", config, "--workers", 3).returncode == 0
     report = json.loads((tmp_path / "runs/run/metrics.json").read_text())
     assert report["overall"]["rows"] == 750
     assert sum(block["rows"] for block in report["scenarios"].values()) == 750
     assert set(report["scenarios"]) == {"scenario 0", "scenario 1", "scenario 2"}
-    done = runs.call("evaluate", tmp_path / "runs/run", "--split", "test")
+    done = command.call("evaluate", tmp_path / "runs/run", "--split", "test")
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "runs/run/metrics.json").read_text())
     assert again["overall"]["auc"] == pytest.approx(report["overall"]["auc"], abs=1e-6)

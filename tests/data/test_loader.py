@@ -1,8 +1,8 @@
-import canonical
 import numpy as np
 import pytest
 import torch
 
+import canonical
 from msr_dist.data.loader import PADDING, Loader, LoaderConfig
 from msr_dist.data.order import Order
 from msr_dist.data.parquet import ParquetSource

@@ -1,9 +1,9 @@
 from itertools import pairwise
 
-import canonical
 import numpy as np
 import pytest
 
+import canonical
 from msr_dist.data.order import Order
 
 

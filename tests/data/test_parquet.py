@@ -1,8 +1,8 @@
-import canonical
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import canonical
 from msr_dist.data.parquet import ParquetSource
 
 GOOD = canonical.table(40)
