@@ -123,9 +123,9 @@ def shard(
 ) -> Sharded:
     """Spread `module` over the world and build its optimizers.
 
-    Tables are drawn from `seed` by row, so they start the same under any plan; row 0, which stands for ids that training
-    never sees, starts and then mostly stays at zero: it says nothing. `batch_size` is that of one rank; the
-    planner's estimate alone depends on it.
+    Tables are drawn from `seed` by row, so they start the same under any plan; row 0 stands for ids that training never
+    sees and starts at zero, which says nothing. `batch_size` is that of one rank; the planner's estimate alone depends
+    on it.
 
     Raises:
         ValueError: the allowed layouts do not fit the optimizer, the device or the memory.
