@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed import FileStore, HashStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, HashStore, Store  # type: ignore[attr-defined]
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """Process group per device type; gloo stays beside NCCL for what lives in main memory, such as metrics."""
@@ -57,7 +57,7 @@ def open_world() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _store(world_size: int) -> dist.Store | None:
+def _store(world_size: int) -> Store | None:
     """How ranks find each other; None leaves it to MASTER_ADDR and MASTER_PORT, as torchrun sets them."""
     if world_size == 1:
         return HashStore()

@@ -100,16 +100,16 @@ def silence() -> None:
 
 
 def _in_processes(call: tuple[Any, ...], workers: int, folder: Path, _environment: dict[str, str]) -> None:
-    import torch.multiprocessing as mp
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
     # They meet in a file and talk over the loopback interface: no port that another machine could reach.
     meeting = folder / f"meeting-{uuid.uuid4().hex}"
     os.environ.update(dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback()))
     try:
-        mp.start_processes(_rank, (workers, meeting, call), workers, start_method="spawn")
-    except mp.ProcessExitedException as error:
+        spawn(_rank, (workers, meeting, call), workers)  # type: ignore[no-untyped-call]
+    except ProcessExitedException as error:
         raise _WorkersLostError(f"rank {error.error_index}: {error}") from None
-    except mp.ProcessRaisedException as error:
+    except ProcessRaisedException as error:
         raise _WorkersLostError(f"rank {error.error_index}: {str(error).strip().splitlines()[-1]}") from None
     finally:
         meeting.unlink(missing_ok=True)
@@ -125,7 +125,9 @@ def _rank(rank: int, workers: int, meeting: Path, call: tuple[Any, ...]) -> None
 def _loopback() -> str:
     import psutil
 
-    addresses = {address.address: name for name, listed in psutil.net_if_addrs().items() for address in listed}
+    addresses: dict[str, str] = {
+        address.address: name for name, listed in psutil.net_if_addrs().items() for address in listed
+    }
     return addresses.get("127.0.0.1", "lo")
 
 
