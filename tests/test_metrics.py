@@ -253,7 +253,6 @@ def test_table_shows_the_oracle_beside():
     assert "best AUC" in text
     assert "0.7999" in next(line for line in text.splitlines() if "old" in line)
     assert "1,200" in text
-    assert "5.00%" in text
     assert "0.8123" in next(line for line in text.splitlines() if "overall" in line)
     with console.capture() as capture:
         console.print(found.table())
