@@ -16,7 +16,7 @@ from pathlib import Path
 import duckdb
 from pydantic import Field
 
-from msr_dist.config import Kinded, dump
+from msr_dist.config import Kinded, dump, parse
 from msr_dist.data.prepare.database import Database, first_line
 from msr_dist.data.prepare.encode import arrow_schema, encode, stream_split
 from msr_dist.data.prepare.mapping import History, Raw, Split
@@ -27,7 +27,7 @@ from msr_dist.data.prepare.split import assign_splits
 from msr_dist.data.prepare.stage import stage
 from msr_dist.data.prepare.vocabulary import fit_vocabularies, write_vocabularies
 from msr_dist.data.prepare.write import write_split
-from msr_dist.schema import SPLITS, Feature, FeatureSchema, Label, Numeric, Scenario, Table
+from msr_dist.schema import SCHEMA_FILE, SPLITS, FeatureSchema, Numeric
 
 Progress = Callable[[str], None]
 
@@ -51,7 +51,7 @@ class PrepareConfig(Kinded, ABC):
     threads: int | None = Field(default=None, ge=1)
     """DuckDB's threads; by default one per core."""
     overwrite: bool = False
-    """Replace an output folder that holds something, once the new one is complete."""
+    """Replace an output folder that holds a prepared data set, once the new one is complete."""
 
     @abstractmethod
     def open(self, database: Database) -> Raw:
@@ -66,16 +66,18 @@ def prepare(config: PrepareConfig, out: Path, progress: Progress | None = None) 
 
     Args:
         config: a `Config` of one of the files in this package.
-        out: a folder that is absent or empty, unless `config.overwrite`.
+        out: a folder that is absent or empty, or with `config.overwrite` one that holds a prepared data set.
         progress: is called with a few words at the beginning of each step.
 
     Raises:
         ValueError: one line: what was found, where, what to do. `out` is as it was before.
     """
-    if out.exists() and not (out.is_dir() and (config.overwrite or not any(out.iterdir()))):
-        raise ValueError(f"{out}: there is something already; give another folder, or set overwrite=true to replace it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.preparing-", dir=out.parent))
+    try:
+        _expect_free(out, config.overwrite)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.preparing-", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({_reason(error)}); give another folder") from None
     try:
         for folder in ("work", "data"):
             (scratch / folder).mkdir()
@@ -85,8 +87,30 @@ def prepare(config: PrepareConfig, out: Path, progress: Progress | None = None) 
     except duckdb.Error as error:
         advice = "is the disk full, or memory_limit too small?"
         raise ValueError(f"{config.kind}: the database failed ({first_line(error)}); {advice}") from error
+    except OSError as error:
+        place = Path(error.filename) if isinstance(error.filename, str) else scratch
+        if not place.is_relative_to(scratch):
+            raise ValueError(f"{place}: cannot be read or written ({_reason(error)})") from error
+        raise ValueError(f"{out}: cannot be written ({_reason(error)}); make room, or give another folder") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _expect_free(out: Path, overwrite: bool) -> None:
+    """ValueError where writing to `out` would lose anything but a data set that may be overwritten."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / SCHEMA_FILE).is_file():
+        what = f"something is there that is no prepared data set (it has no {SCHEMA_FILE})"
+        raise ValueError(f"{out}: {what}; give another folder, or remove it yourself")
+    if not overwrite:
+        raise ValueError(
+            f"{out}: there is a data set already; give another folder, or set overwrite=true to replace it"
+        )
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or first_line(error)
 
 
 def _build(config: PrepareConfig, scratch: Path, out: Path, progress: Progress) -> PrepareReport:
@@ -107,14 +131,14 @@ def _build(config: PrepareConfig, scratch: Path, out: Path, progress: Progress) 
         tables = fit_vocabularies(database, plan, config.min_count)
         write_vocabularies(database, plan, folder)
         progress("encoding")
-        numerics = encode(database, plan, config.split)
-        schema = _schema(plan, tables, numerics, config.width)
+        numerics = encode(database, plan)
+        schema = _schema(config, plan, tables, numerics)
         schema.save(folder)
         tallies = {}
         for place, split in enumerate(SPLITS):
             progress(f"writing {split}")
             tallies[split] = tally = Tally(schema)
-            batches = map(tally.add, stream_split(database, plan, numerics, place))
+            batches = map(tally.add, stream_split(database, plan, numerics, config.split, place))
             rows = sum(of_scenario[place] for of_scenario in counts)
             write_split(folder / split, arrow_schema(plan), batches, rows, config.row_group_rows, config.rows_per_file)
         config.finish(database, raw, folder)
@@ -131,22 +155,24 @@ def _build(config: PrepareConfig, scratch: Path, out: Path, progress: Progress) 
     )
 
 
-def _schema(plan: Plan, tables: dict[str, int], numerics: tuple[Numeric, ...], width: int) -> FeatureSchema:
-    features = [Feature(name=f.name, table=f.table, group=f.group, pooling=f.pooling) for f in plan.features]
+def _schema(config: PrepareConfig, plan: Plan, tables: dict[str, int], numerics: tuple[Numeric, ...]) -> FeatureSchema:
+    features = [{"name": f.name, "table": f.table, "group": f.group, "pooling": f.pooling} for f in plan.features]
     if plan.history:
         name, group, pooling = plan.history.name, plan.history.group, plan.history.pooling
-        features.append(Feature(name=name, table=plan.item.table, group=group, pooling=pooling))
-    columns = plan.raw.columns
-    return FeatureSchema(
-        user=plan.user.name,
-        item=plan.item.name,
-        time="time" if columns.time else None,
-        labels=tuple(Label(name=label.name, mask=label.mask, weight=label.weight) for label in columns.labels),
-        scenarios=tuple(Scenario(id=place, name=s.name, text=s.text) for place, s in enumerate(plan.raw.scenarios)),
-        tables=tuple(Table(name=name, rows=rows, width=width) for name, rows in tables.items()),
-        features=tuple(features),
-        numerics=numerics,
-    )
+        features.append({"name": name, "table": plan.item.table, "group": group, "pooling": pooling})
+    scenarios = [{"id": place, "name": s.name, "text": s.text} for place, s in enumerate(plan.raw.scenarios)]
+    found = {
+        "user": plan.user.name,
+        "item": plan.item.name,
+        "time": "time" if plan.raw.columns.time else None,
+        "labels": [label.model_dump() for label in plan.labels],
+        "scenarios": scenarios,
+        "tables": [{"name": name, "rows": rows, "width": config.width} for name, rows in tables.items()],
+        "features": features,
+        "numerics": [numeric.model_dump() for numeric in numerics],
+    }
+    # Parsed, not constructed: its faults are in our words then.
+    return parse(FeatureSchema, found, where=f"{config.kind}: the data's {SCHEMA_FILE} would be wrong")
 
 
 def _put_in_place(scratch: Path, out: Path) -> None:

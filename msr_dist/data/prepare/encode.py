@@ -8,30 +8,36 @@ from msr_dist.data.prepare.database import Database, quoted
 from msr_dist.data.prepare.mapping import SourceName, Split
 from msr_dist.data.prepare.plan import Plan, PlannedFeature, PlannedNumeric
 from msr_dist.data.prepare.vocabulary import vocabulary
-from msr_dist.schema import Numeric
+from msr_dist.schema import SPLITS, Numeric
 
 BATCH_ROWS = 1 << 17
 """Rows per Arrow batch between DuckDB and the parquet writer."""
 
 
-def encode(database: Database, plan: Plan, split: Split) -> tuple[Numeric, ...]:
+def encode(database: Database, plan: Plan) -> tuple[Numeric, ...]:
     """Make the tables that `stream_split` joins. Returns the numeric features with their statistics."""
     for feature in plan.features:
         if feature.pooling:
             _encode_list(database, feature)
     for source in ("users", "items"):
         _encode_entity(database, plan, source)
-    if plan.history:
-        _trail(database, plan, split)
     with database.single_threaded():
         return tuple(_statistics(database, numeric) for numeric in plan.numerics)
 
 
-def stream_split(database: Database, plan: Plan, numerics: Sequence[Numeric], split: int) -> Iterator[pa.RecordBatch]:
-    """The rows of one split in the order of time, then of the raw files; columns as `arrow_schema` names them."""
+def stream_split(
+    database: Database, plan: Plan, numerics: Sequence[Numeric], split: Split, place: int
+) -> Iterator[pa.RecordBatch]:
+    """The rows of the split SPLITS[place] in the order of time, then of the raw files; columns as `arrow_schema` has.
+
+    Histories hold positives at strictly earlier times: with a split by time those of the row's own split and of the
+    splits before it (training rows see only training, test rows everything), otherwise those of training rows only.
+    """
+    if plan.history:
+        _trail(database, plan, place if split.kind == "time" else SPLITS.index("train"))
     features = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in _selected(plan, numerics).items())
     return database.stream(
-        f"SELECT {features} FROM events e {' '.join(_joins(plan))} WHERE e.split = {split} ORDER BY e.time, e.row",
+        f"SELECT {features} FROM events e {' '.join(_joins(plan))} WHERE e.split = {place} ORDER BY e.time, e.row",
         BATCH_ROWS,
     )
 
@@ -42,7 +48,7 @@ def arrow_schema(plan: Plan) -> pa.Schema:
     if plan.history:
         fields.append(pa.field(plan.history.name, pa.list_(pa.int64())))
     fields += [pa.field(numeric.name, pa.float32()) for numeric in plan.numerics]
-    for label in plan.raw.columns.labels:
+    for label in plan.labels:
         fields.append(pa.field(label.name, pa.uint8()))
         fields += [pa.field(label.mask, pa.bool_())] if label.mask else []
         fields += [pa.field(label.weight, pa.float32())] if label.weight else []
@@ -59,7 +65,7 @@ def _selected(plan: Plan, numerics: Sequence[Numeric]) -> dict[str, str]:
         value = f"{_alias(planned.source)}.{quoted(planned.staged)}"
         standard = f"(coalesce({value}, {numeric.mean!r}) - {numeric.mean!r}) / {numeric.std!r}"
         selected[planned.name] = f"CAST({standard} AS FLOAT)"
-    for place, label in enumerate(plan.raw.columns.labels):
+    for place, label in enumerate(plan.labels):
         selected[label.name] = f"CAST(e.{quoted(f'label:{place}')} AS UTINYINT)"
         selected |= {label.mask: f"e.{quoted(f'mask:{place}')}"} if label.mask else {}
         selected |= {label.weight: f"e.{quoted(f'weight:{place}')}"} if label.weight else {}
@@ -129,17 +135,21 @@ def _encode_entity(database: Database, plan: Plan, source: SourceName) -> None:
     )
 
 
-def _trail(database: Database, plan: Plan, split: Split) -> None:
-    """`trail` (user, time, items): after each moment of a user with positives, the last of them, newest first."""
+def _trail(database: Database, plan: Plan, last: int) -> None:
+    """`trail` (user, time, items): after each moment of a user with positives, the last of them, newest first.
+
+    Only rows up to the split SPLITS[last] count: where each scenario has cuts in time of its own, a training row may be
+    later than another scenario's test row, and must not show that row's label. One split's trail at a time, so that
+    the database holds no more than one of them.
+    """
     assert plan.history is not None
-    seen = "" if split.kind == "time" else "AND e.split = 0"
     positives = (
         "SELECT e.user, e.time, e.row, i.row AS item FROM events e JOIN item_rows i ON i.id = e.item "
-        f"WHERE {_positive(plan)} AND i.row > 0 {seen}"
+        f"WHERE {_positive(plan)} AND i.row > 0 AND e.split <= {last}"
     )
     window = f"PARTITION BY user ORDER BY time, row ROWS BETWEEN {plan.history.length - 1} PRECEDING AND CURRENT ROW"
     database.execute(
-        "CREATE TABLE trail AS SELECT user, time, items FROM ("
+        "CREATE OR REPLACE TABLE trail AS SELECT user, time, items FROM ("
         f"SELECT user, time, list_reverse(list(item) OVER ({window})) AS items, "
         "lead(time) OVER (PARTITION BY user ORDER BY time, row) AS next "
         f"FROM ({positives})) WHERE next IS DISTINCT FROM time"

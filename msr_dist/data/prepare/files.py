@@ -15,15 +15,25 @@ from msr_dist.data.prepare.mapping import ROW, Relation
 
 PARQUET = (".parquet", ".pq")
 CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+OTHER_DELIMITERS = (",", ";", "\t", "|")
+"""What to look for in a header that has not the delimiter that was given."""
+REJECTS = ", store_rejects = true, rejects_limit = 100"
+"""Options of DuckDB's reader: go on after bad lines, and list them."""
 
 
-def open_files(database: Database, view: str, patterns: Sequence[str], key: str) -> Relation:
-    """A view over the files that `patterns` (paths or globs) name; `key` is the configuration's, for messages."""
+def open_files(database: Database, view: str, patterns: Sequence[str], key: str, delimiter: str = ",") -> Relation:
+    """A view over the files that `patterns` (paths or globs) name; `key` is the configuration's, for messages.
+
+    `delimiter` separates the fields of .csv files; those of .tsv files are separated by tabs.
+    """
     files = _find(patterns, key)
     if all(file.name.endswith(PARQUET) for file in files):
         return _open_parquet(database, view, files)
     if all(file.name.endswith(CSV) for file in files):
-        return _open_csv(database, view, files)
+        tabs = [".tsv" in file.suffixes[-2:] for file in files]
+        if any(tabs) and not all(tabs):
+            raise ValueError(f"{key}: some of the files are .tsv and some .csv; give files of one kind")
+        return _open_csv(database, view, files, "\t" if any(tabs) else delimiter)
     endings = ", ".join(sorted({file.suffix or file.name for file in files}))
     raise ValueError(f"{key}: files end in {endings}; give either parquet (.parquet) or CSV (.csv, .tsv, .csv.gz)")
 
@@ -68,46 +78,85 @@ def _open_parquet(database: Database, view: str, files: Sequence[Path]) -> Relat
         file = max((file for file in files if starts[file] <= row), key=lambda file: starts[file])
         return f"{file}, row {row - starts[file]}, row group {_group(footers[file], row - starts[file])}"
 
-    return Relation(view, _where(files), database.types(view), locate, tuple(files))
+    return Relation(view, _where(files), database.types(view), locate, lambda: _damaged_group(files))
 
 
-def _open_csv(database: Database, view: str, files: Sequence[Path]) -> Relation:
-    _same_columns(files, {file: _header(database, file) for file in files})
-    source = f"read_csv({_list(files)}, header = true)"
+def _open_csv(database: Database, view: str, files: Sequence[Path], delimiter: str) -> Relation:
+    _same_columns(files, {file: _header(database, file, delimiter) for file in files})
+    source = _read_csv(files, delimiter)
     # Numbering in the order of the text needs one thread; the parser itself stays the slower part.
     _view(database, view, f"SELECT *, row_number() OVER () - 1 AS {ROW} FROM {source}", _where(files))
-    if not database.row(f"SELECT count(*) FROM (SELECT 1 FROM {quoted(view)} LIMIT 1)")[0]:
+    try:
+        rows = database.row(f"SELECT count(*) FROM (SELECT 1 FROM {quoted(view)} LIMIT 1)")[0]
+    except duckdb.Error as error:
+        raise ValueError(_csv_fault(database, files, delimiter) or f"{_where(files)}: {first_line(error)}") from None
+    if not rows:
         raise ValueError(f"{_where(files)}: no rows in there; give files with rows")
 
     def locate(row: int) -> str:
         for file in files:
-            held = database.row(f"SELECT count(*) FROM read_csv({_list([file])}, header = true)")[0]
+            held = database.row(f"SELECT count(*) FROM {_read_csv([file], delimiter)}")[0]
             if row < held:
                 return f"{file}, row {row}"
             row -= held
         raise AssertionError("the row is beyond the files")
 
-    return Relation(view, _where(files), database.types(view), locate, tuple(files))
+    return Relation(view, _where(files), database.types(view), locate, lambda: _csv_fault(database, files, delimiter))
 
 
 def explain(error: Exception, relations: Iterable[Relation]) -> ValueError:
-    """What to raise for an error while raw rows were read: the damaged file and row group, if that is the cause."""
-    for relation in relations:
-        for file in relation.files:
-            damage = _damage(file) if file.name.endswith(PARQUET) else None
-            if damage:
-                return ValueError(damage)
-    return ValueError(first_line(error))
+    """What to raise for an error while raw rows were read: where files are damaged, if that is the cause."""
+    faults = (relation.fault() for relation in relations)
+    return ValueError(next(filter(None, faults), first_line(error)))
 
 
-def _damage(file: Path) -> str | None:
-    with pq.ParquetFile(file) as parquet:
-        for group in range(parquet.num_row_groups):
-            try:
-                parquet.read_row_group(group, use_threads=False)
-            except (pa.ArrowException, OSError) as error:
-                return f"{file}, row group {group}: cannot be read ({first_line(error)}); write the file again"
+def _damaged_group(files: Sequence[Path]) -> str | None:
+    """The first row group of parquet files that cannot be read."""
+    for file in files:
+        with pq.ParquetFile(file) as parquet:
+            for group in range(parquet.num_row_groups):
+                try:
+                    parquet.read_row_group(group, use_threads=False)
+                except (pa.ArrowException, OSError) as error:
+                    return f"{file}, row group {group}: cannot be read ({first_line(error)}); write the file again"
     return None
+
+
+def _read_csv(files: Sequence[Path], delimiter: str, more: str = "") -> str:
+    """SQL that reads CSV files: everything about the dialect is settled, so that a bad line cannot make it another."""
+    dialect = "quote = '\"', escape = '\"', comment = '', header = true, skip = 0"
+    return f"read_csv({_list(files)}, delim = {text(delimiter)}, {dialect}{more})"
+
+
+def _csv_fault(database: Database, files: Sequence[Path], delimiter: str) -> str | None:
+    """The first line of CSV files that cannot be read: file, line, what is wrong and what to do."""
+    source = _read_csv(files, delimiter, REJECTS)
+    try:
+        with database.single_threaded():  # With several threads, the limit might be spent on later lines.
+            database.rows(f"SELECT count(COLUMNS(*)) FROM {source}")
+        found = database.rows(
+            "SELECT file_path, line, error_type, column_name, left(csv_line, 80), error_message "
+            "FROM reject_errors JOIN reject_scans USING (scan_id, file_id) ORDER BY file_id, line, column_idx LIMIT 1"
+        )
+    except duckdb.Error:
+        return None
+    if not found:
+        return None
+    file, line, kind, column, content, message = found[0]
+    what, advice = {
+        "MISSING COLUMNS": (
+            f"no field for column {column!r}",
+            "complete or remove it; if the file was cut, write it again",
+        ),
+        "TOO MANY COLUMNS": ("more fields than the header", "put quotes around fields that contain the delimiter"),
+        "UNQUOTED VALUE": ("a quote that is not closed", "close it; a quote within a field is written twice"),
+        "CAST": (
+            str(message).removeprefix("Error when converting ").replace(". Could", ": could"),
+            "correct it, or give parquet if the column is text: its first rows do not show it",
+        ),
+        "INVALID ENCODING": ("it is not UTF-8", "write the file in UTF-8"),
+    }.get(str(kind), (first_line(Exception(message)), "correct it"))
+    return f"{file}, line {line}: {what} in {content!r}; {advice}"
 
 
 def _footer(file: Path) -> pq.FileMetaData:
@@ -119,12 +168,21 @@ def _footer(file: Path) -> pq.FileMetaData:
         raise ValueError(message) from None
 
 
-def _header(database: Database, file: Path) -> list[str]:
+def _header(database: Database, file: Path, delimiter: str) -> list[str]:
+    names: list[str] = []
     try:
-        described = database.rows(f"DESCRIBE SELECT * FROM read_csv({_list([file])}, header = true)")
-    except duckdb.Error as error:
-        raise ValueError(f"{file}: not a CSV file with a header ({first_line(error)})") from None
-    return [row[0] for row in described]
+        # First without regard to bad lines: with the wrong delimiter, all lines may be bad.
+        for more in (REJECTS, ""):
+            names = [row[0] for row in database.rows(f"DESCRIBE SELECT * FROM {_read_csv([file], delimiter, more)}")]
+            other = next((other for other in OTHER_DELIMITERS if len(names) == 1 and other in names[0]), None)
+            if other:
+                where = f"{file}: the header {names[0]!r}"
+                raise ValueError(f"{where} has no delimiter {delimiter!r}; set delimiter={other!r}")
+    except duckdb.Error:
+        fault = _csv_fault(database, [file], delimiter)
+        advice = "it needs a header, as many fields in each line, and closed quotes"
+        raise ValueError(fault or f"{file}: not CSV with the delimiter {delimiter!r}; {advice}") from None
+    return names
 
 
 def _view(database: Database, view: str, sql: str, where: str) -> None:

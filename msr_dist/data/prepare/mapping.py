@@ -18,7 +18,6 @@ source = "items"
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -36,12 +35,13 @@ class LabelColumn(Config):
     name: str = Field(min_length=1)
     column: str | None = None
     """The raw column; by default the one called `name`."""
-    above: float | None = None
+    above: float | None = Field(default=None, allow_inf_nan=False)
     """If given, the label is 1 where the column is greater than this."""
     mask: str | None = None
-    """A raw boolean column: where it is false, the label is unknown. Keeps its name."""
+    """A raw boolean column: where it is false, the label is unknown. Keeps its name if no other column of the output
+    has it (a label, a feature, the mask of an earlier label); else it is written once more, as LABEL_mask."""
     weight: str | None = None
-    """A raw column of weights of at least 0. Keeps its name."""
+    """A raw column of weights of at least 0. Keeps its name like a mask, or becomes LABEL_weight."""
 
 
 class IdColumn(Config):
@@ -112,8 +112,10 @@ class Columns(Config):
 class History(Config):
     """The last positive items of the row's user at strictly earlier times, newest first, over the item's table.
 
-    Items that the training split does not hold are left out. With a split by time any earlier row counts; otherwise
-    only training rows do, since a test row may then be earlier than a training row that would show its label.
+    Items that the training split does not hold are left out. With a split by time, a training row sees only training
+    rows, a validation row also validation rows, and a test row any earlier row, as in production: where each scenario
+    has cuts of its own, one's training rows may be later than another's test rows. With any other split only training
+    rows are seen, since a test row may then be earlier than a training row that would show its label.
     """
 
     name: str = Field(default="history", min_length=1)
@@ -171,8 +173,8 @@ class Relation:
     """Column -> DuckDB type."""
     locate: Callable[[int], str]
     """`ROW` (a row number of the view) -> "FILE, row 17", for messages."""
-    files: tuple[Path, ...] = ()
-    """The files behind the view, to look for damage in when reading fails."""
+    fault: Callable[[], str | None] = lambda: None
+    """Where the files behind the view are damaged, for messages; called when reading has failed."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ def best_possible(probability: Floats, label: Bools) -> dict[str, float]:
     return found if label.all() or not label.any() else {"auc": auc(probability, label), **found}
 
 
+# Says the same as msr_dist.metrics.grouped_auc, which this package cannot use: preparing works without torch.
 def auc(score: Floats, label: Bools) -> float:
     """Area under the ROC curve; equal scores count half."""
     _, place, counts = np.unique(score, return_inverse=True, return_counts=True)

@@ -8,6 +8,10 @@ from typing import Literal
 from msr_dist.data.prepare.database import is_integer, is_number
 from msr_dist.data.prepare.files import column_type
 from msr_dist.data.prepare.mapping import GROUPS, Columns, History, IdColumn, ListColumn, Raw, Relation, SourceName
+from msr_dist.schema import Label
+
+TAKEN = ("scenario", "time")
+"""Columns of the output that have these names always."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Plan:
     item: PlannedFeature
     features: tuple[PlannedFeature, ...]
     numerics: tuple[PlannedNumeric, ...]
+    labels: tuple[Label, ...]
+    """The labels in their order, with the names that their masks and weights have in the output."""
     history: History | None
 
     def tables(self) -> dict[str, list[PlannedFeature]]:
@@ -89,14 +95,20 @@ class Plan:
 def make_plan(raw: Raw, history: History | None) -> Plan:
     """Check every column that the configuration names, and settle types. Raises ValueError."""
     columns = raw.columns
+    _expect_scenario_names(raw)
     user = PlannedFeature(columns.user, columns.user, "interactions", columns.user, "user", "columns.user")
     item = PlannedFeature(columns.item, columns.item, "interactions", columns.item, "item", "columns.item")
     others = [_planned(each, f"columns.ids.{place}") for place, each in enumerate(columns.ids)]
     others += [_planned(each, f"columns.lists.{place}") for place, each in enumerate(columns.lists)]
     features = tuple(_typed(raw, [user, item, *others]))
     numerics = tuple(_numerics(raw, columns))
-    _expect_distinct(columns, [each.name for each in features] + [each.name for each in numerics], history)
-    plan = Plan(raw, features[0], features[1], features, numerics, history)
+    for feature in features:
+        _expect_file_name(feature)
+    names = [each.name for each in features] + [each.name for each in numerics]
+    names += ([history.name] if history else []) + [each.name for each in columns.labels]
+    labels = _labels(columns, names)
+    _expect_distinct([*names, *(name for label in labels for name in (label.mask, label.weight) if name)])
+    plan = Plan(raw, features[0], features[1], features, numerics, labels, history)
     if history and columns.time is None:
         raise ValueError("history: needs columns.time, which is not set")
     if history and history.label and history.label not in [label.name for label in columns.labels]:
@@ -104,12 +116,43 @@ def make_plan(raw: Raw, history: History | None) -> Plan:
     return plan
 
 
-def _expect_distinct(columns: Columns, names: list[str], history: History | None) -> None:
+def _expect_scenario_names(raw: Raw) -> None:
+    """Any source's scenarios have names of their own; those that read them from files say more about where."""
+    names = [scenario.name for scenario in raw.scenarios]
+    for place, name in enumerate(names):
+        if not name or name in names[:place]:
+            what = f"has the name {name!r} of another" if name else "has an empty name"
+            where = f"{raw.interactions.where}: scenario {place} ({raw.scenarios[place].value!r})"
+            raise ValueError(f"{where} {what}; give each a name of its own")
+
+
+def _labels(columns: Columns, names: Sequence[str]) -> tuple[Label, ...]:
+    """The labels; `names` are those of the other columns of the output, which masks and weights do not take."""
+    taken = {*names, *TAKEN}
+
+    def own(column: str | None, other: str) -> str | None:
+        name = other if column in taken else column
+        taken.add(name or "")
+        return name or None
+
+    return tuple(
+        Label(name=each.name, mask=own(each.mask, f"{each.name}_mask"), weight=own(each.weight, f"{each.name}_weight"))
+        for each in columns.labels
+    )
+
+
+def _expect_file_name(feature: PlannedFeature) -> None:
+    """A table's vocabulary is a file that is called after it."""
+    if "/" in feature.table:
+        what = "a slash cannot stand in the name of a file, and its ids go to vocabulary/TABLE.parquet"
+        plain = feature.key in ("columns.user", "columns.item")
+        advice = "rename the raw column" if plain else f"set {feature.key}.table to a name without one"
+        raise ValueError(f"{feature.key}: the table {feature.table!r} has a slash; {what}: {advice}")
+
+
+def _expect_distinct(names: list[str]) -> None:
     """Every written column needs a name of its own."""
-    names = [*names, history.name] if history else names
-    for label in columns.labels:
-        names += [name for name in (label.name, label.mask, label.weight) if name]
-    twice = [name for place, name in enumerate(names) if name in [*names[:place], "scenario", "time"]]
+    twice = [name for place, name in enumerate(names) if name in [*names[:place], *TAKEN]]
     if twice:
         advice = "give one another name (`scenario` and `time` are taken)"
         raise ValueError(f"columns: two columns of the output would be called {twice[0]!r}; {advice}")

@@ -14,6 +14,7 @@ time = "timestamp"
 name = "click"
 """
 
+from collections.abc import Sequence
 from typing import Literal, final
 
 import duckdb
@@ -27,7 +28,12 @@ from msr_dist.data.prepare.mapping import ROW, Columns, Raw, Relation, ScenarioV
 
 @final
 class Config(PrepareConfig):
-    """Your own logs. All paths may be globs; files of one list must have the same columns."""
+    """Your own logs. All paths may be globs; files of one list must have the same columns.
+
+    A column of ids is integers or text for all files and features that share its table. If one of them holds text,
+    all are compared as text: `7` and `007` are then different ids. In CSV a column is text where its first 20,000 rows
+    or so hold anything but plain integers; already `007` makes it text, so write ids with the same number of digits.
+    """
 
     kind: Literal["table"] = "table"
     interactions: tuple[str, ...] = Field(min_length=1)
@@ -38,28 +44,36 @@ class Config(PrepareConfig):
     """One row per item, with side features and text."""
     scenarios: tuple[str, ...] = ()
     """One row per scenario, in the order of their ids; without it, the distinct values of the log, sorted."""
+    delimiter: str = Field(default=",", min_length=1, max_length=4)
+    """What separates the fields of CSV files; those called .tsv have tabs all the same."""
     columns: Columns
 
     def open(self, database: Database) -> Raw:
         """Views of the files, after their footers or headers are checked."""
-        interactions = open_files(database, "interactions", self.interactions, "interactions")
-        users = open_files(database, "users", self.users, "users") if self.users else None
-        items = open_files(database, "items", self.items, "items") if self.items else None
+        interactions = self._open(database, "interactions", self.interactions)
+        users = self._open(database, "users", self.users) if self.users else None
+        items = self._open(database, "items", self.items) if self.items else None
         for given, texts, name in ((users, self.columns.user_text, "user"), (items, self.columns.item_text, "item")):
             if texts and given is None:
                 raise ValueError(f"columns.{name}_text: needs {name}s files, but none are given")
+        listed = self._open(database, "scenarios", self.scenarios) if self.scenarios else None
         try:
-            scenarios = self._scenarios(database, interactions)
+            scenarios = _from_file(database, listed, self.columns) if listed else self._of_log(database, interactions)
         except duckdb.Error as error:
-            raise explain(error, (interactions,)) from None
+            raise explain(error, filter(None, (listed, interactions))) from None
         return Raw(self.columns, interactions, scenarios, users, items)
 
-    def _scenarios(self, database: Database, interactions: Relation) -> tuple[ScenarioValue, ...]:
-        if self.scenarios:
-            return _from_file(database, open_files(database, "scenarios", self.scenarios, "scenarios"), self.columns)
+    def _open(self, database: Database, name: str, patterns: Sequence[str]) -> Relation:
+        return open_files(database, name, patterns, name, self.delimiter)
+
+    def _of_log(self, database: Database, interactions: Relation) -> tuple[ScenarioValue, ...]:
         column_type(interactions, self.columns.scenario, "columns.scenario")
         name = quoted(self.columns.scenario)
         found = database.rows(f"SELECT DISTINCT {name} FROM interactions WHERE {name} IS NOT NULL ORDER BY 1")
+        if ("",) in found:
+            (row,) = database.row(f"SELECT min({ROW}) FROM interactions WHERE {name} = ''")
+            where = f"{interactions.locate(row)}, column {self.columns.scenario!r}"
+            raise ValueError(f"{where}: an empty scenario (columns.scenario); name it, or remove these rows")
         return tuple(ScenarioValue(value, str(value)) for (value,) in found)
 
 
@@ -78,4 +92,7 @@ def _from_file(database: Database, relation: Relation, columns: Columns) -> tupl
             raise ValueError(f"{relation.locate(place)}: a scenario without an id or a name; fill it")
         if value in [other for other, *_ in rows[:place]]:
             raise ValueError(f"{relation.locate(place)}: scenario {value!r} stands there a second time; remove one")
+        if name in [other for _, other, _ in rows[:place]]:
+            where = f"{relation.locate(place)}, column {columns.scenario_name!r}"
+            raise ValueError(f"{where}: a second scenario has the name {name!r}; give each a name of its own")
     return tuple(ScenarioValue(*row) for row in rows)

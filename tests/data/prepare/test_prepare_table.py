@@ -1,4 +1,6 @@
 import datetime
+import errno
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from msr_dist.config import parse
+from msr_dist.data.prepare import canonical
 from msr_dist.data.prepare.canonical import prepare
+from msr_dist.data.prepare.mapping import ScenarioValue
 from msr_dist.data.prepare.report import PrepareReport
 from msr_dist.data.prepare.table import Config
 from msr_dist.schema import SPLITS, FeatureSchema
@@ -160,42 +164,56 @@ def test_rare_ids_share_row_0(tmp_path: Path) -> None:
     assert "rare" not in vocabulary(tmp_path / "out", "item")
 
 
-@pytest.mark.parametrize("kind", ["time", "random"])
-def test_history_is_what_a_plain_loop_finds(tmp_path: Path, kind: str) -> None:
-    raw = log(1500)
-    raw["id"] = np.arange(1500)
-    run(
-        tmp_path,
-        write(tmp_path, raw),
-        {"numerics": [], "ids": [{"name": "id"}], "labels": [{"name": "click"}]},
-        history={"length": 4},
-        split={"kind": kind},
-    )
+@pytest.mark.parametrize("split", [{}, {"cutoff": "global"}, {"kind": "random"}, {"kind": "column", "column": "part"}])
+def test_history_is_what_a_plain_loop_finds(tmp_path: Path, split: dict[str, object]) -> None:
+    raw = log(1500) | {"id": np.arange(1500), "part": np.resize(["train", "train", "valid", "test"], 1500)}
+    # Cuts in time far apart: what scenario a has in its test split is earlier than most training rows of b.
+    raw["when"] = np.asarray(raw["when"]) + 700 * (np.asarray(raw["page"]) == "b")
+    # The weight tells which raw row it is, in every split.
+    columns: dict[str, object] = {"numerics": [], "ids": [], "labels": [{"name": "click", "weight": "id"}]}
+    run(tmp_path, write(tmp_path, raw), columns, history={"length": 4}, split=split)
     out = tmp_path / "out"
     items = vocabulary(out, "item")
-    place = {row: rank for rank, row in vocabulary(out, "id").items()}
-    training = set(place.values())
-    for split in SPLITS:
-        table = read(out, split).to_pydict()
+    tables = [read(out, name).to_pydict() for name in SPLITS]
+    numbers = [set(map(int, table["id"])) for table in tables]
+    by_time = split.get("kind", "time") == "time"
+    for place, table in enumerate(tables):
+        allowed = set().union(*numbers[: place + 1 if by_time else 1])
         assert any(table["history"])
-        for number, (time, history) in enumerate(zip(table["time"], table["history"], strict=True)):
-            user = table["user"][number]
-            if split != "train" or user == 0:
-                continue
-            own = place[table["id"][number]]
-            who = raw["user"][own]  # type: ignore[index]
-            assert history == plain_history(raw, items, training if kind == "random" else None, who, time)
-    assert all(len(history) <= 4 for history in table["history"])
+        for number, time, history in zip(table["id"], table["time"], table["history"], strict=True):
+            who = raw["user"][int(number)]  # type: ignore[index]
+            assert history == plain_history(raw, items, allowed, who, time)
 
 
-def plain_history(raw: dict[str, object], items: dict[object, int], only: object, user: object, time: int) -> list[int]:
+def plain_history(
+    raw: dict[str, object], items: dict[object, int], allowed: set[int], user: object, time: int
+) -> list[int]:
     rows = zip(raw["when"], raw["id"], raw["user"], raw["item"], raw["click"], strict=True)  # type: ignore[call-overload]
     before = [
         (when, number, item)
         for when, number, who, item, click in rows
-        if who == user and click and when < time and item in items and (only is None or number in only)
+        if who == user and click and when < time and item in items and number in allowed
     ]
     return [items[item] for _, _, item in sorted(before, reverse=True)[:4]]
+
+
+def test_no_training_history_shows_another_scenarios_test_label(tmp_path: Path) -> None:
+    # Scenario a runs from 0 to 99, b from 1000 to 1099, with one user. Training rows hold every item, a's or b's.
+    raw = {
+        "user": np.zeros(200, np.int64),
+        "item": np.concatenate([np.arange(100), np.arange(100)[::-1]]),
+        "page": np.repeat(["a", "b"], 100),
+        "when": np.concatenate([np.arange(100), 1000 + np.arange(100)]),
+        "click": np.repeat([True, False], 100),
+    }
+    columns = {"labels": [{"name": "click"}], "ids": [], "numerics": []}
+    run(tmp_path, write(tmp_path, raw), columns, history={"length": 200})
+    raw_item = {row: item for item, row in vocabulary(tmp_path / "out", "item").items()}
+    for split, seen in zip(SPLITS, (80, 90, 100), strict=True):
+        table = read(tmp_path / "out", split).to_pydict()
+        of_b = [h for h, scenario in zip(table["history"], table["scenario"], strict=True) if scenario == 1]
+        assert of_b
+        assert all([raw_item[row] for row in history] == list(reversed(range(seen))) for history in of_b)
 
 
 def test_random_split_history_uses_no_test_rows(tmp_path: Path) -> None:
@@ -502,6 +520,163 @@ def test_nothing_written_before_is_harmed(tmp_path: Path) -> None:
     run(tmp_path, file, width=32, overwrite=True)
     assert FeatureSchema.read(tmp_path / "out").table("user").width == 32
     assert sorted(file.name for file in tmp_path.iterdir()) == ["log.parquet", "out"]
+
+
+def test_overwrite_replaces_prepared_data_only(tmp_path: Path) -> None:
+    file = write(tmp_path, log())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    for overwrite in (True, False):
+        with pytest.raises(ValueError, match=r"out: .*schema\.toml"):
+            run(tmp_path, file, overwrite=overwrite)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["log.parquet", "out"]
+
+
+def one_line(folder: Path, out: Path, **settings: object) -> str:
+    raw = {"kind": "table", "interactions": [write(folder, log())], "columns": COLUMNS, **settings}
+    with pytest.raises(ValueError, match=r"\S") as error:
+        prepare(parse(Config, raw, "test"), out)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file" / "out", Path("/proc/msr-dist-out"), tmp_path / ("n" * 300)):
+        message = one_line(tmp_path, out)
+        assert message.startswith(f"{out}: cannot be written")
+        assert "another folder" in message
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(canonical, "write_split", full)
+    message = one_line(tmp_path, tmp_path / "out")
+    assert (
+        message == f"{tmp_path / 'out'}: cannot be written (No space left on device); make room, or give another folder"
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["log.parquet"]
+
+
+@pytest.mark.parametrize("above", ["inf", "-inf", "nan"])
+def test_a_threshold_is_finite(above: str) -> None:
+    labels = [{"name": "like", "column": "rating", "above": float(above)}]
+    raw = {"kind": "table", "interactions": ["log.parquet"], "columns": COLUMNS | {"labels": labels}}
+    with pytest.raises(ValueError, match=r"^test: columns\.labels\.0\.above: .*finite"):
+        parse(Config, raw, "test")
+
+
+def test_labels_may_share_masks_and_weights(tmp_path: Path) -> None:
+    labels = [
+        {"name": "click", "weight": "stake"},
+        {"name": "like", "column": "rating", "above": 3, "mask": "rated", "weight": "stake"},
+        # A label, and a column that is a feature too.
+        {"name": "love", "column": "rating", "above": 4, "mask": "click", "weight": "hour"},
+        {"name": "hate", "column": "rated", "mask": "rated"},
+    ]
+    run(tmp_path, write(tmp_path, log()), {"labels": labels})
+    schema = FeatureSchema.read(tmp_path / "out")
+    assert [(label.name, label.mask, label.weight) for label in schema.labels] == [
+        ("click", None, "stake"),
+        ("like", "rated", "like_weight"),
+        ("love", "love_mask", "love_weight"),
+        ("hate", "hate_mask", None),
+    ]
+    table = read(tmp_path / "out", "train")
+    assert set(schema.columns()) <= set(table.column_names)
+    assert table["like_weight"].equals(table["stake"])
+    assert table["hate_mask"].equals(table["rated"])
+    assert (table["love_mask"].to_numpy() == (table["click"].to_numpy() == 1)).all()
+    assert set(table["love_weight"].to_pylist()) == set(map(float, range(24)))
+
+
+@pytest.mark.parametrize("names", ["A,A", 'A,""'])
+def test_scenarios_need_names_of_their_own(tmp_path: Path, names: str) -> None:
+    first, second = names.split(",")
+    (tmp_path / "s.csv").write_text(f"scenario_id,name\na,{first}\nb,{second}\nc,C\n")
+    refused(tmp_path, write(tmp_path, log()), "s.csv, row 1", "name", scenarios=[str(tmp_path / "s.csv")])
+
+
+def test_an_empty_scenario_in_the_log(tmp_path: Path) -> None:
+    raw = log() | {"page": ["a"] * 20 + [""] + ["b"] * (ROWS - 21)}
+    refused(tmp_path, write(tmp_path, raw), "log.parquet, row 20", "'page'", "columns.scenario", "empty scenario")
+
+
+def test_faults_of_a_sources_own_scenarios_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = tuple(ScenarioValue(page, "same") for page in "abc")
+    monkeypatch.setattr(Config, "_of_log", lambda *_: values)
+    refused(tmp_path, write(tmp_path, log()), "log.parquet: scenario 1 ('b')", "'same'", "a name of its own")
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"ids": [{"name": "x/y", "column": "hour"}]}, ("columns.ids.0", "'x/y'", "columns.ids.0.table")),
+        ({"ids": [{"name": "hour", "table": "a/b"}]}, ("columns.ids.0", "'a/b'")),
+        ({"user": "u/v"}, ("columns.user", "'u/v'", "rename")),
+    ],
+)
+def test_a_table_is_called_as_a_file_can_be(tmp_path: Path, columns: dict[str, object], words: tuple[str, ...]) -> None:
+    raw = log()
+    refused(tmp_path, write(tmp_path, raw | {"u/v": raw["user"]}), "slash", *words, columns=columns)
+
+
+def lines(rows: int = 40_000) -> list[str]:
+    return ["user,item,page,when,click", *(f"{n % 90},i{n % 70},a,{n},{n % 2}" for n in range(rows))]
+
+
+CSV_COLUMNS = {"labels": [{"name": "click"}], "ids": [], "numerics": []}
+
+
+@pytest.mark.parametrize(
+    ("line", "content", "words"),
+    [
+        (2, "7,i7", ("no field for column 'page'", "complete or remove it")),
+        (5, "7,i7", ("no field for column 'page'",)),
+        (30_002, "7,i7", ("no field for column 'page'",)),
+        (40_001, "7,i7,a", ("no field for column 'when'", "if the file was cut, write it again")),
+        (9, "7,i7,a,9,1,1", ("more fields than the header",)),
+        (30_002, "7,i7,a,9,1,1", ("more fields than the header",)),
+        (30_002, "7,i7,a,late,1", ('"when"', '"late"', "correct it")),
+    ],
+)
+@pytest.mark.parametrize("name", ["b.csv", "b.csv.gz"])
+def test_a_bad_line_of_a_csv(tmp_path: Path, name: str, line: int, content: str, words: tuple[str, ...]) -> None:
+    (tmp_path / "a.csv").write_text("\n".join(lines(100)) + "\n")
+    listed = lines()
+    listed[line - 1] = content
+    text = "\n".join(listed).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    files = [str(tmp_path / "a.csv"), str(tmp_path / name)]
+    refused(tmp_path, files, f"{name}, line {line}:", f"{content!r}", *words, columns=CSV_COLUMNS)
+
+
+def test_a_csv_with_another_delimiter(tmp_path: Path) -> None:
+    file = tmp_path / "log.csv"
+    file.write_text("\n".join(line.replace(",", ";") for line in lines(500)).replace("i3", "3,5"))
+    refused(tmp_path, str(file), "log.csv", "delimiter=';'", columns=CSV_COLUMNS)
+    run(tmp_path, str(file), CSV_COLUMNS, delimiter=";")
+    assert "3,5" in vocabulary(tmp_path / "out", "item")
+    (tmp_path / "log.tsv").write_text("\n".join(line.replace(",", "\t") for line in lines(500)))
+    report = run(tmp_path, str(tmp_path / "log.tsv"), CSV_COLUMNS, overwrite=True)
+    assert sum(report.rows.values()) == 500
+    with pytest.raises(ValueError, match="one kind"):
+        run(tmp_path, [str(file), str(tmp_path / "log.tsv")], CSV_COLUMNS, overwrite=True)
+
+
+def test_a_bad_line_of_the_scenarios_file(tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text("scenario_id,name\na,A\nb\nc,C\n")
+    refused(tmp_path, write(tmp_path, log()), "s.csv, line 3", "'name'", scenarios=[str(tmp_path / "s.csv")])
+
+
+def test_ids_of_text_are_compared_as_text(tmp_path: Path) -> None:
+    listed = [*lines(500), "007,i1,a,1,1"]
+    (tmp_path / "log.csv").write_text("\n".join(listed))
+    run(tmp_path, str(tmp_path / "log.csv"), CSV_COLUMNS)
+    assert {"7", "007"} <= set(vocabulary(tmp_path / "out", "user"))
 
 
 def test_the_configuration_is_kept_beside_the_data(tmp_path: Path) -> None:
