@@ -7,6 +7,7 @@ and a `state.json` with the position and the sizes of the other files. It is wri
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -26,6 +28,7 @@ from msr_dist.distributed import World
 log = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
+_NAME = re.compile(r"stage-(\d+)-step-(\d+)")
 _PARTIAL = ".partial"
 
 
@@ -37,16 +40,20 @@ class CheckpointConfig(Config):
     keep: int = Field(default=2, ge=1)
     """How many checkpoints stay; the oldest go first."""
 
+    def due(self, step: int) -> bool:
+        """Whether the end of `step` is to be saved."""
+        return self.every_steps is not None and step % self.every_steps == 0
+
 
 class TrainState(Config):
     """The position of a run."""
 
     stage: int = 0
-    """Index of the stage; the number of stages once all are done."""
+    """Index of the stage."""
     step: int = 0
     """Steps done in this stage."""
     samples: int = 0
-    """Rows read in this stage, all ranks together."""
+    """Rows read so far in all stages, all ranks together."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +85,17 @@ class Checkpoint:
         Raises:
             ValueError: the checkpoint holds other tensors or other shapes.
         """
-        self._compare(tensors)
-        load(dict(tensors), checkpoint_id=self.folder)
+        try:
+            stored = FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        except Exception as error:  # noqa: BLE001 - whatever damaged bytes lead the reader to
+            raise ValueError(f"checkpoint {self.folder} is damaged: {_one_line(error)}; {_REMEDY}") from None
+        self._compare(tensors, stored)
+        try:
+            load(dict(tensors), checkpoint_id=self.folder)
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 - and torch's own, which is no Exception
+            raise ValueError(f"checkpoint {self.folder} is damaged: {_one_line(error)}; {_REMEDY}") from None
 
-    def _compare(self, tensors: Mapping[str, Tensor]) -> None:
-        stored = FileSystemReader(self.folder).read_metadata().state_dict_metadata
+    def _compare(self, tensors: Mapping[str, Tensor], stored: Mapping[str, object]) -> None:
         remedy = "continue it with the configuration that wrote it, or choose another name for this run"
         for name, tensor in tensors.items():
             there = stored.get(name)
@@ -130,18 +143,22 @@ class Checkpoints:
         target = self._folder / f"stage-{state.stage}-step-{state.step:09d}"
         partial = target.with_name(target.name + _PARTIAL)
         if self._world.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in self._folder.glob(f"*{_PARTIAL}"):
+                shutil.rmtree(left)
             partial.mkdir(parents=True)
         dist.barrier()
         save(dict(tensors), checkpoint_id=partial)
         if self._world.rank == 0:
             _commit(partial, target, state)
-            self._prune()
+            self._prune(target)
         dist.barrier()
         return target
 
-    def _prune(self) -> None:
-        for folder in _folders(self._folder)[self._keep :]:
+    def _prune(self, committed: Path) -> None:
+        folders = _folders(self._folder)
+        place = folders.index(committed)
+        # What claims to be newer was damaged: the run went on from before it.
+        for folder in folders[:place] + folders[place + self._keep :]:
             shutil.rmtree(folder)
 
 
@@ -165,8 +182,13 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def _folders(folder: Path) -> list[Path]:
     """Newest first; those that were never completed have another name."""
-    names = [path for path in folder.glob("stage-*-step-*") if path.suffix != _PARTIAL and path.is_dir()]
-    return sorted(names, key=lambda path: [int(part) for part in path.name.split("-")[1::2]], reverse=True)
+    named = [(_NAME.fullmatch(path.name), path) for path in folder.glob("stage-*-step-*")]
+    positions = [(int(match[1]), int(match[2]), path) for match, path in named if match and path.is_dir()]
+    return [path for *_, path in sorted(positions, reverse=True)]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _commit(partial: Path, target: Path, state: TrainState) -> None:

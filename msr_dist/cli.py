@@ -8,27 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from msr_dist.launch import Launcher, launch, log_to_stderr, set_threads, under_launcher
+from msr_dist.launch import Launcher, LaunchError, launch, log_to_stderr, set_threads, world_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from msr_dist.run import RunConfig
 
 _FOLDER = click.Path(path_type=Path)
 
 
 class _Commands(click.Group):
-    """Bad input ends in one line per fault and status 2, a failed run in one line and status 1."""
+    """Bad input ends in one line per fault and status 2, lost workers in one line and status 1."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except click.exceptions.Exit:  # a RuntimeError too
-            raise
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             for line in str(error).splitlines():
                 click.echo(f"msr-dist: {line}", err=True)
             context.exit(2)
-        except RuntimeError as error:
+        except LaunchError as error:
             click.echo(f"msr-dist: {error}", err=True)
             context.exit(1)
 
@@ -36,7 +36,11 @@ class _Commands(click.Group):
 def _launching(command: Any) -> Any:
     """Options that say where a command runs."""
     command = click.option(
-        "--restarts", default=3, show_default=True, help="How often to start again after a worker is lost."
+        "--restarts",
+        default=3,
+        show_default=True,
+        type=click.IntRange(0),
+        help="How often to start again after a worker is lost.",
     )(command)
     command = click.option(
         "--workers", default=1, show_default=True, type=click.IntRange(1), help="Number of processes, one per GPU."
@@ -114,6 +118,7 @@ def train(
       msr-dist train jobs/configs/quickstart.toml --workers 4 --dry-run
       torchrun --nproc-per-node 2 -m msr_dist train jobs/configs/quickstart.toml
     """
+    workers = _own_workers(launcher, workers)
     set_threads(workers)
     from msr_dist.config import dump, load
     from msr_dist.distributed import is_first
@@ -122,21 +127,17 @@ def train(
     from msr_dist.train import train as train_run
 
     run = load(RunConfig, config, settings).absolute()
-    if dry_run:
-        click.echo(dump(run))
-        click.echo(run.dry_plan(workers))
-        return
-    if under_launcher():
-        if is_first():
-            run.claim_folder()
-        train_run(run)
-        if is_first():
-            _show(run, "test", config)
-        return
     check(run, workers)
-    run.claim_folder()
-    launch(train_run, run, launcher, workers, run.folder, restarts)
-    _show(run, "test", config)
+    # Workers of a cluster may have other devices and more memory than this machine: theirs is another plan.
+    plan = run.dry_plan(workers) if launcher == "local" or dry_run else ""
+    if dry_run:
+        click.echo(f"{dump(run)}\n{plan}")
+        return
+    if is_first():
+        run.claim_folder()
+    _everywhere(train_run, run, launcher, workers, restarts)
+    if is_first():
+        _show(run, "test", config)
 
 
 @main.command()
@@ -151,13 +152,34 @@ def evaluate(run: Path, split: str, launcher: Launcher, workers: int, restarts: 
       msr-dist evaluate runs/quickstart
       msr-dist evaluate runs/quickstart --split valid --workers 2
     """
+    workers = _own_workers(launcher, workers)
     set_threads(workers)
+    from msr_dist.distributed import is_first
     from msr_dist.evaluate import evaluate as evaluate_run
     from msr_dist.run import read_run
 
     chosen = read_run(run)
-    launch(partial(evaluate_run, split=split), chosen, launcher, workers, chosen.folder, restarts)
-    _show(chosen, split)
+    _everywhere(partial(evaluate_run, split=split), chosen, launcher, workers, restarts)
+    if is_first():
+        _show(chosen, split)
+
+
+def _own_workers(launcher: Launcher, workers: int) -> int:
+    """The number of workers: what --workers says, or what something like torchrun has started."""
+    started = world_size()
+    if started and (launcher != "local" or workers not in (1, started)):
+        raise ValueError(f"{started} processes have been started already: leave out --launcher and --workers")
+    return started or workers
+
+
+def _everywhere(
+    function: "Callable[[RunConfig], None]", run: "RunConfig", launcher: Launcher, workers: int, restarts: int
+) -> None:
+    """Call `function` on all workers: those that something like torchrun has started already, or our own."""
+    if world_size():
+        function(run)
+    else:
+        launch(function, run, launcher, workers, run.folder, restarts)
 
 
 def _show(run: "RunConfig", split: str, config: Path | None = None) -> None:

@@ -55,13 +55,26 @@ def merge(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         if not separator or not key.strip():
             raise ValueError(f"override {override!r}: expected KEY=VALUE, such as seed=3 or model.widths=[64,32]")
         *parents, leaf = key.strip().split(".")
-        node = merged
+        node: Any = merged
         for depth, parent in enumerate(parents):
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
+            node = _below(node, parent)
+            if not isinstance(node, dict | list):
                 raise ValueError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        if isinstance(node, list):
+            raise ValueError(f"override {override!r}: give the place's keys, such as {key.strip()}.KEY=VALUE")
         node[leaf] = _value(text.strip())
     return merged
+
+
+def _below(node: Any, key: str) -> Any:
+    """What stands under `key`; in a list of sections, a key is a place from 0 on, and the next free place a new one."""
+    if isinstance(node, dict):
+        return node.setdefault(key, {})
+    if isinstance(node, list) and key.isdigit() and int(key) <= len(node):
+        if int(key) == len(node):
+            node.append({})
+        return node[int(key)]
+    return None
 
 
 def parse(cls: type[C], raw: Mapping[str, Any], where: str) -> C:
@@ -99,6 +112,8 @@ def component(package: str) -> Any:
 
 def kind_config(package: str, kind: str) -> type[Kinded]:
     """The class `Config` of `package`.`kind`; a dotted `kind` names a module outside of the package."""
+    if not all(part.isidentifier() for part in kind.split(".")):
+        raise ValueError(f"unknown kind {kind!r}{_near(kind, _kinds(package))}")
     name = kind if "." in kind else f"{package}.{kind}"
     try:
         module = importlib.import_module(name)
@@ -166,4 +181,8 @@ def _config_classes(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _faults(error: ValidationError) -> list[str]:
-    return [": ".join(filter(None, [".".join(map(str, e["loc"])), e["msg"]])) for e in error.errors(include_url=False)]
+    faults = error.errors(include_url=False)
+    # A section that lost a faulty part is called too short as well: that follows from the part's own fault.
+    inner = {fault["loc"][:depth] for fault in faults for depth in range(1, len(fault["loc"]))}
+    shown = [fault for fault in faults if fault["loc"] not in inner]
+    return [": ".join(filter(None, [".".join(map(str, fault["loc"])), fault["msg"]])) for fault in shown]

@@ -43,6 +43,11 @@ def open_world() -> Iterator[World]:
     """Read the environment and, if no process group is open, open one for as long as the context lasts."""
     rank, world_size = _variable("RANK", 0), _variable("WORLD_SIZE", 1)
     local_rank = _variable("LOCAL_RANK", rank)
+    if 0 < torch.cuda.device_count() <= local_rank:
+        gpus = torch.cuda.device_count()
+        raise ValueError(
+            f"local rank {local_rank} has no GPU, this machine has {gpus}: start at most {gpus} workers on it"
+        )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

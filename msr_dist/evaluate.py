@@ -12,9 +12,10 @@ from msr_dist.data.loader import Loader
 from msr_dist.data.order import Order
 from msr_dist.data.parquet import ParquetSource
 from msr_dist.distributed import World, open_world
+from msr_dist.files import write_whole
 from msr_dist.metrics import Report, ScenarioMetrics
 from msr_dist.progress import Progress
-from msr_dist.run import METRICS_FILE, RunConfig
+from msr_dist.run import CHECKPOINTS, METRICS_FILE, RunConfig
 from msr_dist.schema import FeatureSchema
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def evaluate(run: RunConfig, split: str) -> None:
     """
     with open_world() as world:
         schema = run.read_schema()
-        found = Checkpoints(run.folder / "checkpoints", run.checkpoint, world).newest()
+        found = Checkpoints(run.folder / CHECKPOINTS, run.checkpoint, world).newest()
         if found is None:
             raise ValueError(f"{run.folder}: no checkpoint to evaluate; train the run first")
         sharded = run.build(schema, run.stages[min(found.state.stage, len(run.stages) - 1)], world)
@@ -59,12 +60,15 @@ def evaluate_split(run: RunConfig, schema: FeatureSchema, model: nn.Module, spli
 def evaluation_loader(run: RunConfig, schema: FeatureSchema, split: str, rank: int, world_size: int) -> Loader:
     """Batches of `split` in the order of its files; no row is left out, none comes twice."""
     source = ParquetSource(run.data / split, schema)
-    order = Order(
-        group_rows=tuple(group.rows for group in source.row_groups),
-        num_partitions=world_size,
-        batch_size=run.evaluation.batch_size,
-        window_rows=None,
-    )
+    try:
+        order = Order(
+            group_rows=tuple(group.rows for group in source.row_groups),
+            num_partitions=world_size,
+            batch_size=run.evaluation.batch_size,
+            window_rows=None,
+        )
+    except ValueError as error:
+        raise ValueError(f"{run.data / split}: {error} (each worker is one, evaluation.batch_size)") from None
     return Loader(source, schema, order, rank, world_size, run.loader)
 
 
@@ -74,7 +78,5 @@ def metrics_file(folder: Path, split: str) -> Path:
 
 
 def write_report(report: Report, file: Path) -> None:
-    """Write `report` as JSON, whole or not at all."""
-    temporary = file.with_suffix(".partial")
-    temporary.write_text(json.dumps(report.to_json(), indent=1) + "\n")
-    temporary.replace(file)
+    """Write `report` as JSON."""
+    write_whole(file, json.dumps(report.to_json(), indent=1) + "\n")

@@ -31,9 +31,9 @@ def set_threads(workers: int) -> dict[str, str]:
     return {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
 
 
-def under_launcher() -> bool:
-    """Whether something like torchrun started this process as one of several."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def world_size() -> int:
+    """Number of processes, where something like torchrun started this one as one of several; else 0."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def launch(
@@ -46,7 +46,7 @@ def launch(
 
     Raises:
         ValueError: what a worker raised.
-        RuntimeError: workers failed for another reason, more often than `restarts`.
+        LaunchError: workers failed for another reason, more often than `restarts`.
     """
     environment = set_threads(workers)
     if launcher == "local" and workers == 1:
@@ -61,14 +61,24 @@ def launch(
                 message = refusal.read_text()
                 refusal.unlink()
                 raise ValueError(message) from None
+            failure = folder / "failure.txt"
+            failure.write_text(lost.details)
             if not left:
-                raise RuntimeError(f"workers failed: {lost}") from None
+                raise LaunchError(f"workers failed: {lost}; the whole of it is in {failure}") from None
             log.warning("workers failed (%s); starting all again, %d tries left", lost, left)
     raise AssertionError
 
 
+class LaunchError(Exception):
+    """Workers failed, and were not to be started again."""
+
+
 class _WorkersLostError(Exception):
-    """A worker died, or raised something."""
+    """A worker died, or raised something: one line, and all that is known."""
+
+    def __init__(self, line: str, details: str) -> None:
+        super().__init__(line)
+        self.details = details
 
 
 def _guarded(function: Callable[[A], None], argument: A, refusal: Path) -> None:
@@ -108,9 +118,9 @@ def _in_processes(call: tuple[Any, ...], workers: int, folder: Path, _environmen
     try:
         spawn(_rank, (workers, meeting, call), workers)  # type: ignore[no-untyped-call]
     except ProcessExitedException as error:
-        raise _WorkersLostError(f"rank {error.error_index}: {error}") from None
+        raise _WorkersLostError(f"rank {error.error_index}: {error}", str(error)) from None
     except ProcessRaisedException as error:
-        raise _WorkersLostError(f"rank {error.error_index}: {str(error).strip().splitlines()[-1]}") from None
+        raise _WorkersLostError(f"rank {error.error_index}: {_last_line(error)}", str(error)) from None
     finally:
         meeting.unlink(missing_ok=True)
 
@@ -120,6 +130,10 @@ def _rank(rank: int, workers: int, meeting: Path, call: tuple[Any, ...]) -> None
     os.environ |= {name: str(workers) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     os.environ[MEETING] = str(meeting)
     _guarded(*call)
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def _loopback() -> str:
@@ -135,7 +149,8 @@ def _on_ray(call: tuple[Any, ...], workers: int, folder: Path, environment: dict
     # Ray's own printing repeats what the workers log.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if not _cluster():
-        # Despite its name, for every system: nodes of one machine listen on its loopback interface alone.
+        # Despite its name, for every system: Ray's own servers listen on the loopback interface alone. What remains
+        # open while a run lasts is the port where ranks find each other, which torch binds to all interfaces.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
     from ray.train import RunConfig, ScalingConfig
@@ -144,7 +159,10 @@ def _on_ray(call: tuple[Any, ...], workers: int, folder: Path, environment: dict
 
     if not ray.is_initialized():
         _connect(workers, environment)
-    on_gpus = ray.cluster_resources().get("GPU", 0) >= workers
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if 0 < gpus < workers:
+        raise ValueError(f"{workers} workers, but the Ray cluster has {gpus} GPUs: give --workers {gpus}, or add GPUs")
+    on_gpus = gpus > 0
     trainer = TorchTrainer(
         lambda: _guarded(*call),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=on_gpus),
@@ -155,7 +173,7 @@ def _on_ray(call: tuple[Any, ...], workers: int, folder: Path, environment: dict
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise _WorkersLostError(str(error).strip().splitlines()[-1]) from None
+        raise _WorkersLostError(_last_line(error), str(error)) from None
 
 
 def _cluster() -> bool:

@@ -10,8 +10,8 @@ nowhere. With p the predicted probability, y the label and w the weight of a row
     log_loss             sum of w * -(y log p + (1 - y) log(1 - p)) / sum of w
     normalised_entropy   log_loss / entropy of the base rate, sum of wy / sum of w: above 1 is worse than no model
     calibration          sum of wp / sum of wy: above 1 predicts too much
-    user_auc             mean over users of the AUC among their rows, by number of rows; a user whose labels are all
-                         alike has none and is left out
+    user_auc             mean over users of the AUC among their rows, by number of rows; left out are users whose labels
+                         are all alike, and those that training never saw, whom the data do not tell apart
 
 A metric that its rows do not define (no rows, one class only, a prediction that is not a number) is absent: None here,
 null in JSON, left out of MLflow.
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor
 
-from msr_dist.schema import FeatureSchema
+from msr_dist.schema import UNSEEN, FeatureSchema
 
 _log = logging.getLogger(__name__)
 
@@ -207,6 +207,10 @@ class ScenarioMetrics:
         auc[overall.group] = overall.auc
 
         user_auc = np.full(count + 1, np.nan)
+        # Users that training never saw share one id: as a group they would be ranked against each other.
+        seen = user != UNSEEN
+        scenario, user, logit = scenario[seen], user[seen], logit[seen]
+        label, weight = label[seen], weight[seen]
         user = _below(user, (1 << 32) // count)
         by_user = grouped_auc(user * count + scenario, logit, label, weight)
         user_auc[:count] = _mean_auc(by_user, by_user.group % count, count)

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
@@ -61,8 +61,14 @@ class Schedule(Config):
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the factor rises linearly to 1."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    """How it falls from 1, after the warm-up, to `final` at the stage's last step."""
+    """How it falls from 1, after the warm-up, towards `final`, which the step after the stage's last would have."""
     final: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.decay == "constant" and self.final:
+            raise ValueError(f"final = {self.final} needs a decay: 'linear' or 'cosine'")
+        return self
 
     def factor(self, step: int, steps: int) -> float:
         """The factor at `step` of a stage of `steps` steps."""

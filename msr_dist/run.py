@@ -8,6 +8,10 @@ RUNS/NAME/
   checkpoints/         stage-S-step-N
 """
 
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +22,7 @@ from msr_dist.checkpoint import CheckpointConfig
 from msr_dist.config import Config, component, dump, load
 from msr_dist.data.loader import LoaderConfig
 from msr_dist.distributed import World
+from msr_dist.files import write_whole
 from msr_dist.models.base import BackboneConfig
 from msr_dist.optim import DenseOptimizer, Schedule, SparseOptimizer
 from msr_dist.parallel import ParallelConfig, Sharded, make_plan, shard
@@ -28,6 +33,8 @@ from msr_dist.tracking import TrackingConfig
 CONFIG_FILE = "config.toml"
 METRICS_FILE = "metrics.json"
 PLAN_FILE = "plan.txt"
+LOCK_FILE = "lock"
+CHECKPOINTS = "checkpoints"
 
 
 class StageConfig(Config):
@@ -56,11 +63,11 @@ class EvaluationConfig(Config):
 class RunConfig(Config):
     """Everything about a run. `seed`, `data`, `loader`, `embeddings`, `model` and `stages` decide its losses."""
 
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    name: str = Field(min_length=1, pattern=r"^\w[\w.-]*$")
     """Names the run's folder and the run in MLflow; the same name continues the same run."""
     runs: Path = Path("runs")
     """The folder of all runs."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 31)
     data: Path
     """A folder that `msr-dist prepare` has made."""
     loader: LoaderConfig = LoaderConfig()
@@ -88,19 +95,50 @@ class RunConfig(Config):
         """The schema of the data with this run's tables."""
         return self.embeddings.apply(FeatureSchema.read(self.data))
 
+    def epochs_before(self, stage: int) -> int:
+        """Epochs of all stages before the one of that index."""
+        return sum(each.epochs for each in self.stages[:stage])
+
+    def check_tables(self, schema: FeatureSchema) -> None:
+        """Raise ValueError where a layout is given for a table that the data do not have."""
+        known = [table.name for table in schema.tables]
+        unknown = sorted(set(self.parallel.tables) - set(known))
+        if unknown:
+            raise ValueError(f"parallel.tables: no table {unknown[0]!r} in the data; it has {', '.join(known)}")
+
     def claim_folder(self) -> None:
-        """Create the run's folder; ValueError where it holds a run that would have had other losses."""
+        """Create the run's folder; ValueError where it holds a run that has had other losses.
+
+        A folder without a checkpoint has nothing to continue: another configuration moves it out of the way.
+        """
         if (self.folder / CONFIG_FILE).exists():
             before, now = _losses(load(RunConfig, self.folder / CONFIG_FILE)), _losses(self)
             changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-            if changed:
+            if changed and any((self.folder / CHECKPOINTS).glob("stage-*")):
                 key = changed[0]
                 raise ValueError(
                     f"{self.folder} holds a run with {key} = {before.get(key)!r}, not {now.get(key)!r}: "
                     "choose another name=, or delete that folder"
                 )
+            if changed:
+                self.folder.rename(self.folder.with_name(f"{self.name}.abandoned-{time.time_ns()}"))
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / CONFIG_FILE).write_text(dump(self))
+        write_whole(self.folder / CONFIG_FILE, dump(self))
+
+    @contextmanager
+    def locked(self, world: World) -> Iterator[None]:
+        """Keep the folder for this run, as long as rank 0 lives; ValueError where another process has it."""
+        if world.rank:
+            yield
+            return
+        with open(self.folder / LOCK_FILE, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"{self.folder} is being trained by another process: wait for it, or choose another name="
+                ) from None
+            yield
 
     def build(self, schema: FeatureSchema, stage: StageConfig, world: World) -> Sharded:
         """The model of this run with the optimizers of `stage`, its weights drawn from the seed."""

@@ -32,6 +32,7 @@ import psutil
 from pydantic import Field, field_validator
 
 from msr_dist.config import Config
+from msr_dist.files import write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +88,11 @@ class TrackingConfig(Config):
             raise ValueError(f"MLflow has no store {scheme}://; known: {', '.join(_SCHEMES)}")
         if scheme.startswith("sqlite") and rest in ("", "/", "/:memory:"):
             raise ValueError(f"{uri!r} would be lost with the process: name a file, sqlite:////ABSOLUTE/PATH/mlflow.db")
+        if public(uri) != uri:
+            raise ValueError(
+                f"{public(uri)} holds credentials, and a configuration is written down and shown: track with a server, "
+                "and give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
         return uri
 
     def resolved_uri(self, runs: Path) -> str:
@@ -278,9 +284,7 @@ class _State:
 
     def save(self) -> None:
         self._stores[self._key] = vars(self.record)
-        temporary = self._file.with_suffix(".partial")
-        temporary.write_text(json.dumps({"artifacts": self.artifacts, "stores": self._stores}, indent=1) + "\n")
-        temporary.replace(self._file)
+        write_whole(self._file, json.dumps({"artifacts": self.artifacts, "stores": self._stores}, indent=1) + "\n")
 
 
 class _Store:

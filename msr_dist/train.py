@@ -16,9 +16,10 @@ from msr_dist.data.order import Order
 from msr_dist.data.parquet import ParquetSource
 from msr_dist.distributed import World, open_world
 from msr_dist.evaluate import evaluate_split, evaluation_loader, metrics_file, write_report
+from msr_dist.files import write_whole
 from msr_dist.parallel import Sharded
 from msr_dist.progress import Progress
-from msr_dist.run import CONFIG_FILE, PLAN_FILE, RunConfig
+from msr_dist.run import CHECKPOINTS, CONFIG_FILE, PLAN_FILE, RunConfig
 from msr_dist.schema import FeatureSchema
 from msr_dist.tracking import Tracker, open_tracker
 
@@ -45,30 +46,30 @@ def train(run: RunConfig) -> None:
     Raises:
         ValueError: the data, the configuration or a checkpoint do not fit together; the message says where.
     """
-    with open_world() as world:
+    with open_world() as world, run.locked(world):
         schema = run.read_schema()
         source = ParquetSource(run.data / "train", schema)
         loader = Loader(source, schema, _order(run, source), world.rank, world.world_size, run.loader)
-        checkpoints = Checkpoints(run.folder / "checkpoints", run.checkpoint, world)
+        checkpoints = Checkpoints(run.folder / CHECKPOINTS, run.checkpoint, world)
         found = checkpoints.newest()
         with open_tracker(run.tracking, world.rank, run.folder, dump(run)) as tracker:
             session = Session(run, world, schema, loader, checkpoints, tracker)
             for index in range(found.state.stage if found else 0, len(run.stages)):
                 sharded = run.build(schema, run.stages[index], world)
                 _keep_plan(session, sharded)
-                state = _restore(sharded, found, index, loader.order)
+                state = _restore(session, sharded, found, index)
                 found = _train_stage(session, sharded, state) or found
             report = evaluate_split(run, schema, sharded.model, "test", world)
             if report is not None:
                 write_report(report, metrics_file(run.folder, "test"))
-                tracker.log(report.flat("test"), run.stages[-1].epochs * loader.order.steps)
+                tracker.log(report.flat("test"), run.epochs_before(len(run.stages)) * loader.order.steps)
                 tracker.artifact(metrics_file(run.folder, "test"))
 
 
 def check(run: RunConfig, world_size: int) -> None:
-    """Raise what `train` would raise about configuration, schema, layouts and file footers, before workers start."""
+    """Raise what `train` would raise about configuration, schema and file footers, before any worker starts."""
     schema = run.read_schema()
-    run.dry_plan(world_size)
+    run.check_tables(schema)
     source = ParquetSource(run.data / "train", schema)
     Loader(source, schema, _order(run, source), 0, world_size, run.loader)
     for split in ("valid", "test"):
@@ -76,27 +77,31 @@ def check(run: RunConfig, world_size: int) -> None:
 
 
 def _order(run: RunConfig, source: ParquetSource) -> Order:
-    return Order(
-        group_rows=tuple(group.rows for group in source.row_groups),
-        num_partitions=run.loader.partitions,
-        batch_size=run.loader.batch_size,
-        seed=run.seed,
-        window_rows=run.loader.window_rows,
-    )
+    try:
+        return Order(
+            group_rows=tuple(group.rows for group in source.row_groups),
+            num_partitions=run.loader.partitions,
+            batch_size=run.loader.batch_size,
+            seed=run.seed,
+            window_rows=run.loader.window_rows,
+        )
+    except ValueError as error:
+        raise ValueError(f"{run.data / 'train'}: {error} (loader.partitions, loader.batch_size)") from None
 
 
-def _restore(sharded: Sharded, found: Checkpoint | None, index: int, order: Order) -> TrainState:
+def _restore(session: Session, sharded: Sharded, found: Checkpoint | None, index: int) -> TrainState:
     """The state to go on from: within stage `index`, or at its start with the weights of the stage before."""
+    order, first = session.loader.order, session.run.epochs_before(index) * session.loader.order.steps
     if found is None:
         return TrainState()
     if found.state.stage != index:
         found.restore({name: tensor for name, tensor in sharded.tensors().items() if name.startswith("model/")})
-        return TrainState(stage=index)
-    if found.state.samples != order.samples(found.state.step):
+        return TrainState(stage=index, samples=order.samples(first))
+    expected = order.samples(first + found.state.step)
+    if found.state.samples != expected:
         raise ValueError(
-            f"checkpoint {found.folder} was written after {found.state.samples} rows in {found.state.step} steps, but "
-            f"the training data now make {order.samples(found.state.step)}: the data have changed since; restore them, "
-            "or start a run of another name"
+            f"checkpoint {found.folder} was written after {found.state.samples} rows, but the training data now make "
+            f"{expected} by that step: the data have changed since; restore them, or start a run of another name"
         )
     sharded.allocate_state()
     found.restore(sharded.tensors())
@@ -109,8 +114,9 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
     """Run the rest of a stage; the checkpoint of its end, or None where nothing was left to do."""
     run, world, order = session.run, session.world, session.loader.order
     stage = run.stages[state.stage]
-    steps = stage.epochs * order.steps
-    batches = session.loader.batches(state.step, steps)
+    # Steps of earlier stages: epochs, hence orders, are counted through, and so are the steps of tracked values.
+    first, steps = run.epochs_before(state.stage) * order.steps, stage.epochs * order.steps
+    batches = session.loader.batches(first + state.step, first + steps)
     pipeline = TrainPipelineSparseDist(sharded.model, sharded.optimizer, world.device, execute_all_batches=True)
     progress = Progress(stage.name, steps, done=state.step, shown=world.rank == 0)
     meter = _Meter(state)
@@ -121,23 +127,25 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
         # Our models do not draw from this generator; a model from outside that does, resumes with the same numbers.
         torch.manual_seed(hash((run.seed, state.stage, step, world.rank)))
         meter.add(pipeline.progress(batches).loss)
-        state = TrainState(stage=state.stage, step=step + 1, samples=order.samples(step + 1))
+        state = TrainState(stage=state.stage, step=step + 1, samples=order.samples(first + step + 1))
         epoch_ends = state.step % order.steps == 0
-        if state.step % run.log_every == 0 or state.step == steps:
+        saves = epoch_ends or run.checkpoint.due(state.step)
+        # A loss that is no number must not be saved over one that is.
+        if saves or state.step % run.log_every == 0:
             loss, speed = meter.read(state, world)
             _require_finite(loss, stage.name, state)
             factor = stage.schedule.factor(step, steps)
             values = {"loss": loss, "samples_per_second": speed, "lr_factor": factor}
-            session.tracker.log({f"{stage.name}/{name}": value for name, value in values.items()}, state.step)
+            session.tracker.log({f"{stage.name}/{name}": value for name, value in values.items()}, first + state.step)
             shown = {"loss": f"{loss:.4f}", "samples/s": f"{speed:,.0f}"}
         progress.advance(values=shown)
-        if epoch_ends or (run.checkpoint.every_steps and state.step % run.checkpoint.every_steps == 0):
-            end = Checkpoint(session.checkpoints.save(sharded.tensors(), state), state)
         if epoch_ends and run.evaluation.validates_after(state.step // order.steps):
             pipeline.detach()
             report = evaluate_split(run, session.schema, sharded.model, "valid", world)
             if report is not None:
-                session.tracker.log(report.flat("valid"), state.step)
+                session.tracker.log(report.flat("valid"), first + state.step)
+        if saves:
+            end = Checkpoint(session.checkpoints.save(sharded.tensors(), state), state)
     progress.close()
     # The pipeline has replaced the lookup's forward by one that waits for batches of the pipeline's own.
     pipeline.detach()
@@ -147,7 +155,7 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
 def _keep_plan(session: Session, sharded: Sharded) -> None:
     if session.world.rank == 0:
         plan = session.run.folder / PLAN_FILE
-        plan.write_text(sharded.describe())
+        write_whole(plan, sharded.describe() + "\n")
         log.info("plan:\n%s", sharded.describe())
         for file in (session.run.folder / CONFIG_FILE, plan):
             session.tracker.artifact(file)
@@ -156,8 +164,8 @@ def _keep_plan(session: Session, sharded: Sharded) -> None:
 def _require_finite(loss: float, stage: str, state: TrainState) -> None:
     if not math.isfinite(loss):
         raise ValueError(
-            f"stage {stage}: the loss is {loss} at step {state.step}: lower the learning rates (stages.N.sparse.lr, "
-            "stages.N.dense.lr) and start again from the last checkpoint"
+            f"stage {stage}: the loss is {loss} at step {state.step}: start a run of another name with lower learning "
+            "rates (stages.N.sparse.lr, stages.N.dense.lr); the checkpoints before this step are kept"
         )
 
 

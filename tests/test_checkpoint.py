@@ -81,6 +81,30 @@ def test_a_half_written_one_is_passed_over_and_named(tmp_path, world, caplog, da
     assert "going on from stage-0-step-000000005" in caplog.text
 
 
+def test_a_damaged_newer_one_never_costs_a_good_one(tmp_path, world):
+    save(tmp_path, world, 50, keep=1)
+    damage_state(save(tmp_path, world, 100, keep=2))
+    kept = save(tmp_path, world, 57, keep=1)
+    assert newest(tmp_path).folder == kept
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+
+
+def test_other_folders_are_left_alone(tmp_path, world):
+    (tmp_path / "stage-0-step-50.bak").mkdir()
+    saved = save(tmp_path, world, 5)
+    assert newest(tmp_path).folder == saved
+    assert (tmp_path / "stage-0-step-50.bak").exists()
+
+
+@pytest.mark.parametrize("pattern", [".metadata", "*.distcp"])
+def test_damage_that_no_size_shows_is_one_line(tmp_path, world, pattern):
+    folder = save(tmp_path, world, 5)
+    file = next(folder.glob(pattern))
+    file.write_bytes(bytes(255 - byte for byte in file.read_bytes()))
+    with pytest.raises(ValueError, match=r"stage-0-step-000000005 is damaged: .*; remove that folder"):
+        newest(tmp_path).restore(tensors())
+
+
 @pytest.mark.parametrize("damage", [damage_state, truncate_tensors, lose_metadata])
 def test_when_none_is_complete_nothing_is_guessed(tmp_path, world, damage):
     damage(save(tmp_path, world, 5))

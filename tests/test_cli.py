@@ -64,9 +64,17 @@ def test_a_dry_run_prints_configuration_and_plan_and_writes_nothing(tmp_path, da
         ("seed=abc", "seed: Input should be a valid integer (got 'abc')"),
         ("stages=[]", "stages: "),
         ("name='a/b'", "name: "),
+        ("name='..'", "name: "),
+        ("seed=99999999999999999999999", "seed: "),
+        ("tracking.uri='http://alice:s3cret@host'", "tracking.uri: http://***@host holds credentials"),
+        (
+            "parallel.tables.foo.sharding=['row_wise']",
+            "parallel.tables: no table 'foo' in the data; it has users, items",
+        ),
+        ("stages.0.schedule={final=0.5}", "needs a decay"),
         ("loader.partitions=5", "world size 2 does not divide 5 partitions"),
         ("loader.partitions=100", "30 row groups cannot feed 100 partitions"),
-        ("loader.batch_size=2", "batch_size 2 leaves a partition without rows"),
+        ("loader.batch_size=2", "train: batch_size 2 leaves a partition without rows"),
         (
             "embeddings.tables.itmes.width=8",
             "embeddings.tables: no table 'itmes' in the data; it has users, items, tags",
@@ -83,6 +91,8 @@ def test_a_wrong_setting_gets_one_line(tmp_path, data, capsys, override, says):
 
 
 def test_wrong_paths_get_one_line(tmp_path, data, capsys):
+    config = command.write_config(tmp_path, data)
+    assert "Not a directory" in refused(capsys, "train", config, f"runs={config}")
     assert "no such file" in refused(capsys, "train", tmp_path / "absent.toml")
     assert "no config.toml there" in refused(capsys, "evaluate", tmp_path)
     assert "unknown kind 'nothing'" in refused(capsys, "prepare", "nothing", tmp_path / "out")

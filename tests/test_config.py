@@ -65,6 +65,7 @@ def test_an_unknown_kind_lists_what_there_is():
     message = fault({"name": "x", "model": {"kind": "zzz"}})
     assert "shared_bottom" in message
     assert "layers" not in message
+    assert "unknown kind '.star'" in fault({"name": "x", "model": {"kind": ".star"}})
     assert "is no component" in fault({"name": "x", "model": {"kind": "layers"}})
     assert "needs a kind" in fault({"name": "x", "model": {"experts": 3}})
 
@@ -92,10 +93,23 @@ def test_overrides_are_toml_values_or_else_strings():
     }
 
 
-@pytest.mark.parametrize(("override", "says"), [("lr", "KEY=VALUE"), ("name.x=1", "name is a value, not a section")])
+def test_overrides_reach_into_lists_of_sections():
+    raw = {"stages": [{"epochs": 1}]}
+    assert merge(raw, ["stages.0.epochs=3", "stages.1.epochs=2"]) == {"stages": [{"epochs": 3}, {"epochs": 2}]}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("lr", "KEY=VALUE"),
+        ("name.x=1", "name is a value, not a section"),
+        ("stages.5.epochs=1", r"stages\.5 is a value, not a section"),
+        ("stages.0=1", r"such as stages\.0\.KEY=VALUE"),
+    ],
+)
 def test_a_bad_override(override, says):
     with pytest.raises(ValueError, match=says):
-        merge({"name": "x"}, [override])
+        merge({"name": "x", "stages": [{}]}, [override])
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 import launched
-from msr_dist.launch import launch
+from msr_dist.launch import LaunchError, launch
 
 
 @pytest.fixture(params=["local", "ray"])
@@ -39,7 +39,8 @@ def test_a_killed_worker_is_started_again(tmp_path, launcher):
 
 
 def test_restarts_are_counted(tmp_path):
-    with pytest.raises(RuntimeError, match="workers failed"):
+    with pytest.raises(LaunchError, match=r"workers failed: rank 1: .*SIGKILL"):
         launch(launched.die_once, tmp_path, "local", 2, tmp_path, restarts=0)
-    with pytest.raises(RuntimeError, match="workers failed"):
+    with pytest.raises(LaunchError, match="a fault of ours"):
         launch(launched.always_fail, tmp_path, "local", 2, tmp_path, restarts=1)
+    assert "Traceback" in (tmp_path / "failure.txt").read_text()

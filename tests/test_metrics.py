@@ -57,7 +57,7 @@ def reference(user, logits, truth, weights):
     rate = np.average(truth, weights=weight)
     loss = log_loss(truth, chance, sample_weight=weight)
     by_user = []
-    for one in np.unique(user):
+    for one in np.unique(user[user != 0]):  # 0 stands for all whom training never saw
         mine = user == one
         if 0 < truth[mine].sum() < mine.sum():
             by_user.append((roc_auc_score(truth[mine], logit[mine], sample_weight=weight[mine]), mine.sum()))

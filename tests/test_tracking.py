@@ -52,7 +52,7 @@ def closed_port():
     """A URI where nothing listens."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        yield f"http://someone:secret@127.0.0.1:{taken.getsockname()[1]}"
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 def test_values_params_tags_and_files_reach_mlflow(tmp_path, capfd):
@@ -256,6 +256,15 @@ def test_the_load_of_the_machine_is_sampled(tmp_path):
     assert 0 < runs(tmp_path)[0].data.metrics["system/process_memory_gib"] < 100
 
 
+@pytest.mark.parametrize(
+    "uri", ["http://me:s3cret@host:5000", "postgresql://me:s3cret@host/db", "sqlite:////a?password=s3cret"]
+)
+def test_credentials_do_not_belong_in_a_configuration(uri):
+    with pytest.raises(ValueError, match="holds credentials") as caught:
+        config(uri=uri)
+    assert "s3cret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "file:mlruns", "./mlruns", "ftp://x", "sqlite://", "sqlite:///"])
 def test_stores_that_mlflow_does_not_have_are_refused(uri):
     with pytest.raises(ValueError, match=r"tracking: uri: .*(sqlite:////ABSOLUTE|known: )"):
@@ -270,7 +279,7 @@ def test_uris_hold_in_any_working_directory(tmp_path, monkeypatch):
     assert config(uri="sqlite:////data/m.db?timeout=9").resolved_uri(Path("runs")) == "sqlite:////data/m.db?timeout=9"
     assert config(uri="http://host:5000").resolved_uri(Path("runs")) == "http://host:5000"
     assert config().how_to_open(Path("runs")) == f"mlflow ui --backend-store-uri {default}"
-    assert config(uri="http://me:pass@host:5000").how_to_open(Path("runs")) == "http://***@host:5000"
+    assert config(uri="http://host:5000").how_to_open(Path("runs")) == "http://host:5000"
 
 
 def test_credentials_are_struck_out():

@@ -47,7 +47,7 @@ def test_every_launcher_and_world_size_gives_the_same_losses(tmp_path, data, alo
         done = command.call("train", config, "--launcher", launcher, "--workers", workers)
     assert done.returncode == 0, done.stderr
     agree(command.losses(tmp_path / "runs/run"), alone)
-    assert done.stdout.count("overall") >= 1
+    assert done.stdout.count("run: test split") == 1
 
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
@@ -157,7 +157,46 @@ def test_a_loss_that_explodes_names_the_step(tmp_path, data):
     done = command.call("train", command.write_config(tmp_path, data, stages=stages))
     assert done.returncode == 2
     assert "the loss is nan at step" in done.stderr
-    assert "lower the learning rates" in done.stderr
+    assert "with lower learning rates" in done.stderr
+
+
+def test_a_loss_that_is_no_number_is_never_saved(tmp_path, data):
+    stages = [{"epochs": 2, "dense": {"kind": "sgd", "lr": 1e30}}]
+    config = command.write_config(tmp_path, data, stages=stages, log_every=20, checkpoint={"every_steps": 1})
+    done = command.call("train", config)
+    assert done.returncode == 2
+    assert "the loss is nan at step 2" in done.stderr or "the loss is inf at step 2" in done.stderr
+    saved = [path.name for path in (tmp_path / "runs/run/checkpoints").iterdir()]
+    assert saved == ["stage-0-step-000000001"]
+
+
+def test_a_run_that_never_saved_may_be_started_otherwise(tmp_path, data):
+    config = command.write_config(tmp_path, data, stages=[{"epochs": 1, "dense": {"kind": "sgd", "lr": 1e30}}])
+    assert command.call("train", config).returncode == 2
+    done = command.call("train", config, "stages.0.dense.lr=0.01")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").glob("run.abandoned-*"))) == 1
+
+
+def test_two_processes_do_not_train_one_run(tmp_path, data):
+    config = command.write_config(tmp_path, data, stages=[{"epochs": 40}])
+    words = [*command.COMMAND, "train", str(config)]
+    first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_checkpoint(tmp_path / "runs/run", first)
+    done = command.call("train", config)
+    assert done.returncode == 2
+    assert "is being trained by another process" in done.stderr
+    first.kill()
+    first.communicate(timeout=30)
+    assert command.call("train", config, "--workers", 2).returncode == 0
+
+
+def test_evaluate_under_torchrun_shows_one_table(tmp_path, data):
+    assert command.call("train", command.write_config(tmp_path, data)).returncode == 0
+    torchrun = [*TORCHRUN, "--nproc-per-node", "2", "-m", "msr_dist"]
+    done = command.call("evaluate", tmp_path / "runs/run", launched_by=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run: test split") == 1
 
 
 def test_bad_data_deep_in_a_file_end_a_run_of_several_workers(tmp_path):

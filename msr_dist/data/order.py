@@ -38,12 +38,12 @@ class Order:
         if groups < self.num_partitions:
             raise ValueError(
                 f"{groups} row groups cannot feed {self.num_partitions} partitions: write smaller row groups "
-                "(row_group_rows of `msr-dist prepare`), or lower loader.partitions"
+                "(row_group_rows of `msr-dist prepare`), or have fewer partitions"
             )
         if min(self.partition_rows) < self.steps:
             raise ValueError(
                 f"batch_size {self.batch_size} leaves a partition without rows in some steps: its smallest has "
-                f"{min(self.partition_rows)} rows for {self.steps} steps; raise batch_size or lower loader.partitions"
+                f"{min(self.partition_rows)} rows for {self.steps} steps; raise batch_size or have fewer partitions"
             )
 
     @cached_property

@@ -133,7 +133,7 @@ def _outside(column: str, values: pa.ChunkedArray, least: float, most: float, wh
 
 
 def _not_finite(column: str, values: pa.ChunkedArray) -> Iterator[tuple[str, str]]:
-    if not pc.all(pc.is_finite(values)).as_py():
+    if pc.all(pc.is_finite(values)).as_py() is False:
         yield column, "NaN or infinite values"
 
 

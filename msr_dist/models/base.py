@@ -31,7 +31,8 @@ class Inputs:
     scenario: Tensor
     """`[B]` int64."""
     row: Tensor
-    """`[B]` int64, distinct for every row of the run: dropout draws by it, so that a mask belongs to the row."""
+    """`[B]` int64, distinct for every row of the run: dropout draws by it, so that a mask belongs to the row. Negative
+    for rows that only fill up the batch: they have no weight, and statistics leave them out."""
 
     def joined(self) -> Tensor:
         """All groups side by side: `[B, sum of widths]`."""

@@ -215,17 +215,19 @@ class ScenarioNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(scenarios, width))
         self.register_buffer("updates", torch.zeros(scenarios, 1, dtype=torch.int64))
 
-    def forward(self, x: Tensor, groups: ScenarioGroups) -> Tensor:
-        """`[B, D]` -> `[B, D]`, both grouped."""
-        mean, var = self._batch_statistics(x, groups) if self.training else (self.running_mean, self.running_var)
+    def forward(self, x: Tensor, row: Tensor, groups: ScenarioGroups) -> Tensor:
+        """`[B, D]` -> `[B, D]`, both grouped, as is `row`: where it is negative, the row is padding and not counted."""
+        mean, var = (
+            self._batch_statistics(x, row >= 0, groups) if self.training else (self.running_mean, self.running_var)
+        )
         scale = self.gamma * self.scenario_gamma * torch.rsqrt(var + self.eps)
         return (x - groups.spread(mean)) * groups.spread(scale) + groups.spread(self.beta + self.scenario_beta)
 
-    def _batch_statistics(self, x: Tensor, groups: ScenarioGroups) -> tuple[Tensor, Tensor]:
-        """Mean and variance `[S, D]` of the global batch; updates the running ones."""
-        centred = x - groups.spread(self.running_mean)
-        sums = groups.sums(torch.cat([centred, centred.square()], dim=1))
-        moments = sum_over_ranks(torch.cat([groups.counts[:, None].to(sums), sums], dim=1))
+    def _batch_statistics(self, x: Tensor, real: Tensor, groups: ScenarioGroups) -> tuple[Tensor, Tensor]:
+        """Mean and variance `[S, D]` of the global batch's `real` rows; updates the running ones."""
+        counted = real[:, None].to(x.dtype)
+        centred = (x - groups.spread(self.running_mean)) * counted
+        moments = sum_over_ranks(groups.sums(torch.cat([counted, centred, centred.square()], dim=1)))
         count, first, second = moments.split_with_sizes([1, x.shape[1], x.shape[1]], dim=1)
         enough = count >= 2
         offset = first / count.clamp(min=1)

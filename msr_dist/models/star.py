@@ -84,7 +84,7 @@ class Star(Backbone):
         """Logits `[B, T]`."""
         groups = ScenarioGroups.of(inputs.scenario, self.scenarios)
         row, x = groups.group(inputs.row), groups.group(inputs.joined())
-        hidden = self.norm(x, groups)
+        hidden = self.norm(x, row, groups)
         for linear, dropout in zip(self.hidden, self.dropouts, strict=True):
             hidden = dropout(torch.relu(linear(hidden, groups)), row)
         beside = self.auxiliary(torch.cat([x, self.scenario(groups.scenario)], dim=1), row)

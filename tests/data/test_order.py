@@ -84,5 +84,5 @@ def test_too_few_row_groups():
 
 
 def test_a_batch_smaller_than_the_partitions():
-    with pytest.raises(ValueError, match=r"raise batch_size or lower loader\.partitions"):
+    with pytest.raises(ValueError, match="raise batch_size or have fewer partitions"):
         order(batch_size=3)

@@ -159,6 +159,9 @@ def test_a_tower_ends_linear():
     assert found.shape == (8, 2)
 
 
+REAL = torch.arange(2000)
+
+
 class TestScenarioNorm:
     def test_is_a_batch_norm_per_scenario(self):
         norm = ScenarioNorm(5, 4)
@@ -167,7 +170,7 @@ class TestScenarioNorm:
         x = torch.randn(8, 4, requires_grad=True)
         weight = torch.randn(8, 4)
         for groups in (GROUPS, ScenarioGroups.of(torch.tensor([0, 0, 0, 0, 0, 3, 3, 3]), 5)):
-            found = norm(x, groups)
+            found = norm(x, REAL[: len(x)], groups)
             gradient = torch.autograd.grad((found * weight).sum(), x)[0]
             for s in (0, 3):
                 reference = nn.BatchNorm1d(4)
@@ -185,14 +188,14 @@ class TestScenarioNorm:
         norm.running_var.uniform_(0.5, 2)
         x = torch.randn(8, 4)
         mean, var = norm.running_mean[GROUPS.scenario], norm.running_var[GROUPS.scenario]
-        torch.testing.assert_close(norm.eval()(x, GROUPS), (x - mean) / (var + norm.eps).sqrt())
+        torch.testing.assert_close(norm.eval()(x, REAL[:8], GROUPS), (x - mean) / (var + norm.eps).sqrt())
 
     def test_running_statistics_average_first_and_forget_later(self):
         norm, groups = ScenarioNorm(2, 1, momentum=0.3), ScenarioGroups.of(torch.zeros(4, dtype=torch.int64), 2)
         batches = [torch.randn(4, 1) for _ in range(5)]
         mean, var = torch.tensor(0.0), torch.tensor(1.0)
         for k, x in enumerate(batches, start=1):
-            norm(x, groups)
+            norm(x, REAL[: len(x)], groups)
             mean, var = mean + max(0.3, 1 / k) * (x.mean() - mean), var + max(0.3, 1 / k) * (x.var() - var)
             torch.testing.assert_close(norm.running_mean, torch.tensor([[mean], [0.0]]))
             torch.testing.assert_close(norm.running_var, torch.tensor([[var], [1.0]]))
@@ -202,9 +205,9 @@ class TestScenarioNorm:
         norm, x = ScenarioNorm(5, 4), torch.randn(8, 4) * 3
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
-        expected = norm.eval()(x, GROUPS)
+        expected = norm.eval()(x, REAL[:8], GROUPS)
         before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
-        found = norm.train()(x, GROUPS)
+        found = norm.train()(x, REAL[:8], GROUPS)
         torch.testing.assert_close(found[3], expected[3])
         assert not torch.isclose(found[4:], expected[4:]).any()
         for name, buffer in norm.named_buffers():
@@ -217,9 +220,22 @@ class TestScenarioNorm:
         x = torch.randn(2000, 3) + torch.tensor([0.0, 300.0, 0.0])
         x[:, 2] = 7.0
         for tolerance in (1e-2, 1e-4):
-            found = norm(x, groups)
+            found = norm(x, REAL[: len(x)], groups)
             torch.testing.assert_close(found.std(0)[:2], torch.ones(2), atol=1e-3 + tolerance, rtol=0)
             assert found[:, 2].abs().max() < tolerance
+
+    def test_padding_counts_nowhere(self):
+        x, scenario = torch.randn(8, 4), torch.tensor([0, 0, 0, 1, 1, 1, 3, 3])
+        row = torch.tensor([4, 5, 6, 7, 8, 9, 10, 11])
+        padded = torch.cat([x, x[6:7], x[6:7] * 9]), torch.cat([row, torch.tensor([-1, -1])])
+        scenarios = torch.cat([scenario, torch.tensor([0, 3])])
+        plain, filled = ScenarioNorm(5, 4), ScenarioNorm(5, 4)
+        groups, filled_groups = ScenarioGroups.of(scenario, 5), ScenarioGroups.of(scenarios, 5)
+        expected = groups.restore(plain(groups.group(x), groups.group(row), groups))
+        found = filled_groups.restore(filled(*map(filled_groups.group, padded), filled_groups))
+        torch.testing.assert_close(found[:8], expected)
+        for name, buffer in plain.named_buffers():
+            torch.testing.assert_close(filled.get_buffer(name), buffer)
 
 
 def test_one_process_sums_nothing():
