@@ -57,6 +57,8 @@ def open_world() -> Iterator[World]:
         dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=world_size)
     try:
         yield World(rank, world_size, local_rank, _variable("LOCAL_WORLD_SIZE", world_size), device)
+        # A rank that takes its connections away while another still uses them aborts that one.
+        dist.barrier()
     finally:
         if opened:
             dist.destroy_process_group()

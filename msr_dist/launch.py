@@ -5,6 +5,7 @@ Imports neither torch nor ray before it must: thread settings have to stand in t
 
 import logging
 import os
+import sys
 import uuid
 import warnings
 from collections.abc import Callable
@@ -130,6 +131,10 @@ def _rank(rank: int, workers: int, meeting: Path, call: tuple[Any, ...]) -> None
     os.environ |= {name: str(workers) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     os.environ[MEETING] = str(meeting)
     _guarded(*call)
+    # All is done and on disk: what native threads do while the interpreter is taken apart must not fail the run.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _last_line(error: Exception) -> str:

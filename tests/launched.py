@@ -77,7 +77,9 @@ def train_steps(job: Training) -> None:
         source = ParquetSource(job.data / "train", schema)
         order = Order(tuple(group.rows for group in source.row_groups), 6, 120, seed=1, window_rows=600)
         torch.manual_seed(0)
-        model = Recommender(schema, Mmoe(kind="mmoe").build(schema), EmbeddingsConfig())
+        model = Recommender(
+            schema, Mmoe(kind="mmoe", experts=2, widths=(8,), tower_widths=(4,)).build(schema), EmbeddingsConfig()
+        )
         names = ("users", "items_", "tags")
         parallel = ParallelConfig(
             tables={name: TableSharding(sharding=(kind,)) for name, kind in zip(names, job.layouts, strict=True)}
