@@ -181,6 +181,10 @@ class ScenarioTower(nn.Module):
         return logits
 
 
+_CONSTANT = 1e-12
+"""Variance up to which a column counts as constant: rounding alone makes about 1e-16 of fp32 values near 1."""
+
+
 @final
 class ScenarioNorm(nn.Module):
     """STAR's partitioned normalisation (Sheng et al., 2021, section 3.3), for batches that mix scenarios.
@@ -221,6 +225,10 @@ class ScenarioNorm(nn.Module):
             self._batch_statistics(x, row >= 0, groups) if self.training else (self.running_mean, self.running_var)
         )
         scale = self.gamma * self.scenario_gamma * torch.rsqrt(var + self.eps)
+        if self.training:
+            # A column that is constant within a scenario has no gradient but rounding, which adaptive optimizers would
+            # blow up to full steps.
+            scale = scale * (var > _CONSTANT)
         return (x - groups.spread(mean)) * groups.spread(scale) + groups.spread(self.beta + self.scenario_beta)
 
     def _batch_statistics(self, x: Tensor, real: Tensor, groups: ScenarioGroups) -> tuple[Tensor, Tensor]:
