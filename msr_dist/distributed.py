@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, HashStore, Store  # type: ignore[attr-defined]
 
+MEETING = "MSR_DIST_MEETING"
+"""Environment variable: the file by which local processes find each other."""
+
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """Process group per device type; gloo stays beside NCCL for what lives in main memory, such as metrics."""
 
@@ -68,7 +71,7 @@ def _store(world_size: int) -> Store | None:
     """How ranks find each other; None leaves it to MASTER_ADDR and MASTER_PORT, as torchrun sets them."""
     if world_size == 1:
         return HashStore()
-    meeting = os.environ.get("MSR_DIST_MEETING")
+    meeting = os.environ.get(MEETING)
     return FileStore(meeting, world_size) if meeting else None
 
 

@@ -14,9 +14,6 @@ from typing import Any, Literal, TypeVar
 
 log = logging.getLogger(__name__)
 
-MEETING = "MSR_DIST_MEETING"
-"""Environment variable: the file by which local processes find each other."""
-
 A = TypeVar("A")
 Launcher = Literal["local", "ray"]
 
@@ -127,6 +124,8 @@ def _in_processes(call: tuple[Any, ...], workers: int, folder: Path, _environmen
 
 
 def _rank(rank: int, workers: int, meeting: Path, call: tuple[Any, ...]) -> None:
+    from msr_dist.distributed import MEETING
+
     os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
     os.environ |= {name: str(workers) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     os.environ[MEETING] = str(meeting)
