@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
@@ -90,11 +89,10 @@ class Head(nn.Module):
         self._averaged = {feature.name for feature in schema.features if feature.pooling == "mean"}
 
     def forward(self, embedded: KeyedTensor, batch: ScenarioBatch) -> tuple[Tensor, Predictions]:
-        """Binary cross-entropy, summed over labels, averaged over the rows of all ranks."""
-        logits = self.backbone(Inputs(self._join(embedded, batch), batch.scenario, batch.row))
-        entropy = binary_cross_entropy_with_logits(logits, batch.labels, batch.weights, reduction="sum")
-        loss = entropy / batch.rows_per_rank
-        return loss, Predictions(logits.detach(), loss.detach())
+        """The backbone's loss, averaged over the rows of all ranks."""
+        objective = self.backbone.objective(Inputs(self._join(embedded, batch), batch.scenario, batch.row))
+        loss = objective.loss(batch.labels, batch.weights) / batch.rows_per_rank
+        return loss, Predictions(objective.logits.detach(), loss.detach())
 
     def _join(self, embedded: KeyedTensor, batch: ScenarioBatch) -> dict[str, Tensor]:
         # By name: the order of KeyedTensor.values() changes with the sharding plan.

@@ -4,12 +4,14 @@ Shapes: `B` rows of a batch, `D` width of a feature group, `S` scenarios, `T` la
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from msr_dist.config import Kinded
 from msr_dist.schema import FeatureSchema
@@ -23,6 +25,18 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
+class Behaviours:
+    """A list of ids, such as the user's last clicks, before it is pooled; `L` the longest list of the batch."""
+
+    vectors: Tensor
+    """`[B, L, W]`, 0 behind the end of a list."""
+    present: Tensor
+    """`[B, L]` bool: where the list goes on."""
+    target: Tensor
+    """`[B, W]`: what the row is about, from the same table; attention asks how the behaviours bear on it."""
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What a backbone sees of a batch: embeddings are looked up, tables and ranks are out of sight."""
 
@@ -33,10 +47,35 @@ class Inputs:
     row: Tensor
     """`[B]` int64, distinct for every row of the run: dropout draws by it, so that a mask belongs to the row. Negative
     for rows that only fill up the batch: they have no weight, and statistics leave them out."""
+    behaviours: Mapping[str, Behaviours] = field(default_factory=dict)
+    """Feature name -> its list, for features with pooling "attention"; their pooled vectors are in `groups` as well."""
 
     def joined(self) -> Tensor:
         """All groups side by side: `[B, sum of widths]`."""
         return torch.cat(list(self.groups.values()), dim=1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a backbone is trained on: log losses of its logits, and what its paper adds to them."""
+
+    logits: Tensor
+    """`[B, T]`."""
+    weight: Tensor | None = None
+    """`[B]`: factor of the row's log losses, beside the weights that the data give."""
+    penalty: Tensor | None = None
+    """`[B]`: added to the row's loss."""
+
+    def loss(self, labels: Tensor, weights: Tensor) -> Tensor:
+        """Binary cross-entropy plus penalties, summed over labels and rows; `labels` and `weights` are `[B, T]`.
+
+        A row without any weight, such as padding, has no part in it.
+        """
+        factors = weights if self.weight is None else weights * self.weight[:, None]
+        total = binary_cross_entropy_with_logits(self.logits, labels, factors, reduction="sum")
+        if self.penalty is not None:
+            total = total + (self.penalty * (weights > 0).any(dim=1)).sum()
+        return total
 
 
 class Backbone(nn.Module, ABC):
@@ -45,6 +84,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits `[B, T]`: column t is the log odds of label t under the row's own scenario."""
+
+    def objective(self, inputs: Inputs) -> Objective:
+        """What training minimises; a model with a loss of its own overrides it, and derives `forward` from it."""
+        return Objective(self(inputs))
 
 
 class BackboneConfig(Kinded, ABC):

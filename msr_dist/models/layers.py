@@ -181,6 +181,29 @@ class ScenarioTower(nn.Module):
         return logits
 
 
+@final
+class ScenarioExperts(nn.Module):
+    """`E` MLPs per scenario: weights `[S, E, in, out]`, biases `[S, E, out]` from 0."""
+
+    def __init__(self, scenarios: int, experts: int, in_width: int, widths: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        self.out_width = widths[-1]
+        shapes = list(zip([in_width, *widths], widths, strict=False))
+        stacks = [stacked_weight(scenarios * experts, i, o) for i, o in shapes]
+        self.weights = nn.ParameterList(stack.detach().unflatten(0, (scenarios, experts)) for stack in stacks)
+        self.biases = nn.ParameterList(torch.zeros(scenarios, experts, width) for width in widths)
+        self.dropouts = nn.ModuleList(Dropout(dropout) for _ in widths)
+
+    def forward(self, x: Tensor, row: Tensor, groups: ScenarioGroups) -> Tensor:
+        """`[B, in_width]` -> `[B, E, widths[-1]]`, both grouped, and so is `row` `[B]`: a row meets its own experts."""
+        hidden = x[:, None, :].expand(-1, self.weights[0].shape[1], -1)
+        for weight, bias, dropout in zip(self.weights, self.biases, self.dropouts, strict=True):
+            layers = zip(hidden.split_with_sizes(groups.sizes), weight.unbind(), bias.unbind(), strict=True)
+            product = torch.cat([torch.baddbmm(b[:, None, :], h.transpose(0, 1), w) for h, w, b in layers], dim=1)
+            hidden = dropout(torch.relu(product).transpose(0, 1), row)
+        return hidden
+
+
 _CONSTANT = 1e-12
 """Variance up to which a column counts as constant: rounding alone makes about 1e-16 of fp32 values near 1."""
 

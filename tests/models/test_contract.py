@@ -30,8 +30,7 @@ def test_one_logit_per_row_and_label(kind, labels):
 @pytest.mark.parametrize("labels", [1, 2])
 def test_everything_gets_a_gradient_but_lines_of_absent_scenarios(kind, labels):
     model, batch = build(kind, labels), mixed(120)
-    logits = model(batch)
-    (logits * torch.randn(logits.shape)).sum().backward()
+    model.objective(batch).loss(torch.randint(2, (120, labels)).float(), torch.rand(120, labels)).backward()
     for name, x in batch.groups.items():
         assert (x.grad != 0).any(dim=1).all(), name
     for name, parameter in model.named_parameters():
@@ -66,7 +65,7 @@ def test_learns_64_random_rows_by_heart(kind):
     for _ in range(200):
         optimizer.zero_grad()
         loss = F.binary_cross_entropy_with_logits(model(batch), labels)
-        loss.backward()
+        (model.objective(batch).loss(labels, torch.ones(64, 2)) / 64).backward()
         optimizer.step()
         if loss < 0.05:
             return
@@ -76,9 +75,9 @@ def test_learns_64_random_rows_by_heart(kind):
 @pytest.mark.parametrize("rows", [0, 1])
 def test_hardly_any_rows(kind, rows):
     model, batch = build(kind, dropout=0.3), mixed(rows)
-    logits = model(batch)
-    logits.sum().backward()
-    assert logits.shape == (rows, 1)
+    objective = model.objective(batch)
+    objective.loss(torch.ones(rows, 1), torch.ones(rows, 1)).backward()
+    assert objective.logits.shape == (rows, 1)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -161,8 +160,9 @@ def _two_steps(kind: str, rows: slice) -> dict[str, Any]:
     for step in range(2):
         batch = take(inputs(EIGHT_ROWS, seed=step), rows)
         optimizer.zero_grad()
-        logits.append(model(batch))
-        (F.binary_cross_entropy_with_logits(logits[-1], labels, reduction="sum") / len(EIGHT_ROWS)).backward()
+        objective = model.objective(batch)
+        logits.append(objective.logits)
+        (objective.loss(labels, torch.ones_like(labels)) / len(EIGHT_ROWS)).backward()
         group_gradients.append(torch.cat([x.grad for x in batch.groups.values()], dim=1))
         if dist.is_initialized():
             for parameter in model.parameters():
