@@ -15,7 +15,7 @@ from msr_dist.distributed import World, open_world
 from msr_dist.files import write_whole
 from msr_dist.metrics import Report, ScenarioMetrics
 from msr_dist.progress import Progress
-from msr_dist.run import CHECKPOINTS, METRICS_FILE, RunConfig
+from msr_dist.run import CHECKPOINTS, METRICS_FILE, RunConfig, say_untaught
 from msr_dist.schema import FeatureSchema
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ def evaluate(run: RunConfig, split: str) -> None:
     """
     with open_world() as world:
         schema = run.read_schema()
+        say_untaught(schema, world)
         found = Checkpoints(run.folder / CHECKPOINTS, run.checkpoint, world).newest()
         if found is None:
             raise ValueError(f"{run.folder}: no checkpoint to evaluate; train the run first")
@@ -43,12 +44,13 @@ def evaluate_split(run: RunConfig, schema: FeatureSchema, model: nn.Module, spli
     """Metrics over all rows of `split`, on rank 0; None elsewhere. All ranks together; changes nothing in `model`."""
     loader = evaluation_loader(run, schema, split, world.rank, world.world_size)
     metrics = ScenarioMetrics(schema)
+    copies = schema.copies(schema.table(next(f.table for f in schema.features if f.name == schema.user)))
     progress = Progress(f"evaluate {split}", loader.order.steps, shown=world.rank == 0)
     training = model.training
     model.eval()
     with torch.no_grad():
         for batch in loader.batches(0, loader.order.steps):
-            user = batch.ids[schema.user].values()
+            user = batch.ids[schema.user].values() // copies
             _, predictions = model(batch.to(world.device))
             metrics.update(batch.scenario, user, predictions.logits, batch.labels, batch.weights)
             progress.advance()

@@ -51,7 +51,9 @@ class DenseOptimizer(Config):
             "adagrad": torch.optim.Adagrad,
             "sgd": torch.optim.SGD,
         }
-        optimizer: torch.optim.Optimizer = classes[self.kind](parameters, lr=self.lr, weight_decay=self.weight_decay)
+        # Fused: one pass over parameters and state instead of about ten, which is what many scenarios' weights cost.
+        arguments = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": True}
+        optimizer: torch.optim.Optimizer = classes[self.kind](parameters, **arguments)
         return optimizer
 
 

@@ -1,6 +1,7 @@
 """Shard a module over all ranks: sparse optimizer, plan, DistributedModelParallel, dense optimizer, in that order.
 
-Takes any module that holds EmbeddingBagCollections. Which optimizer trains a table does not depend on the plan:
+Takes any module that holds EmbeddingBagCollections and EmbeddingCollections. Which optimizer trains a table does not
+depend on the plan:
 
 - sharded tables always use fbgemm's fused kernel, never the dense one that the planner might prefer for small tables;
 - a replicated (data_parallel) table has no fused kernel; it gets the same algorithm as an ordinary optimizer. fbgemm's
@@ -21,6 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor  # type: ignore[attr-defined]
 from torch.distributed.optim import _apply_optimizer_in_backward  # type: ignore[attr-defined]
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -28,8 +30,8 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
@@ -40,7 +42,6 @@ from msr_dist.optim import DenseOptimizer, SparseOptimizer
 
 ShardingKind = Literal["table_wise", "row_wise", "table_row_wise", "column_wise", "data_parallel"]
 
-_TABLE = ".embedding_bags."
 _DRAWN_ROWS = 1 << 16
 _KERNELS = {"data_parallel": EmbeddingComputeKernel.DENSE}
 _REFUSED = {
@@ -48,6 +49,11 @@ _REFUSED = {
         "column_wise": "each shard would keep its own statistic of a row; use adagrad or other layouts"
     },
     "adam": {"data_parallel": "an ordinary Adam also moves rows that a batch does not touch; use another layout"},
+}
+_REFUSED_LISTS = {
+    "table_row_wise": "TorchRec has no table_row_wise layout for such tables; use row_wise or another layout",
+    # The dense kernel of fbgemm's CPU build sums each list, whatever it was asked for.
+    "data_parallel": "data_parallel has no kernel for such tables on CPU; use row_wise or another layout",
 }
 
 
@@ -74,6 +80,8 @@ class Sharded:
     optimizer: CombinedOptimizer
     """All optimizers; its step is the pipeline's."""
     plan: ShardingPlan
+    tables: dict[str, str]
+    """Name of a table's parameter -> name of the table."""
 
     def scale_learning_rates(self, factor: float) -> None:
         """Set every learning rate to `factor` times what the configuration says, from the next step on."""
@@ -85,7 +93,7 @@ class Sharded:
         named = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         for parameter, states in self.optimizer.state_dict()["state"].items():
             for key, tensor in states.items():
-                name = _state_name(parameter, key)
+                name = _state_name(parameter in self.tables, key)
                 if name:
                     named[f"optimizer/{parameter}/{name}"] = _flat_if_rowwise(name, tensor)
         return named
@@ -100,16 +108,30 @@ class Sharded:
         """Tell fused optimizers that correct a bias (adam) how many steps they have done; no tensor holds it."""
         self.optimizer.set_optimizer_step(step)
 
+    def table_shards(self) -> Iterator[tuple[str, Tensor, int, int]]:
+        """Table name, weights in this rank's memory, and the first row and column of the table that they hold."""
+        for name, weight in self.model.state_dict().items():
+            if name in self.tables:
+                if isinstance(weight, ShardedTensor):
+                    for local in weight.local_shards():
+                        first_row, first_column = local.metadata.shard_offsets
+                        yield self.tables[name], local.tensor, first_row, first_column
+                else:
+                    yield self.tables[name], weight, 0, 0
+
     def describe(self) -> str:
         """The plan as text."""
         return str(self.plan)
 
 
-class _Sharder(EmbeddingBagCollectionSharder):
+class _BagSharder(EmbeddingBagCollectionSharder):
     """The stock sharder offers no row-wise layouts on CPU, though they run there."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:  # noqa: ARG002 - the base class has it
         return ["data_parallel", "table_wise", "column_wise", "row_wise", "table_row_wise"]
+
+
+_SHARDERS = [_BagSharder(), EmbeddingCollectionSharder()]
 
 
 def shard(
@@ -120,28 +142,35 @@ def shard(
     world: World,
     batch_size: int,
     seed: int,
+    reserved: Mapping[str, int],
 ) -> Sharded:
     """Spread `module` over the world and build its optimizers.
 
-    Tables are drawn from `seed` by row, so they start the same under any plan; row 0 stands for ids that training never
-    sees and starts at zero, which says nothing. `batch_size` is that of one rank; the planner's estimate alone depends
-    on it.
+    Tables are drawn from `seed` by row, so they start the same under any plan; the first rows of each, as many as
+    `reserved` says by table name, stand for ids that training never sees and start at zero, which says nothing.
+    `batch_size` is that of one rank; the planner's estimate alone depends on it.
 
     Raises:
         ValueError: the allowed layouts do not fit the optimizer, the device or the memory.
     """
-    tables = _tables(module)  # before the sharder replaces the collections
+    # Before the sharder replaces the collections.
+    tables = _tables(module)
+    names = {f"{place}{table}.weight": table for place, listed in _places(module).items() for table in listed}
     plan = make_plan(module, config, sparse, world, batch_size)
     model = DistributedModelParallel(
         module,
         env=ShardingEnv.from_process_group(dist.group.WORLD),
         device=world.device,
         plan=plan,
-        sharders=[_Sharder()],
+        sharders=list(_SHARDERS),
+        # Alone, it would only copy every gradient into its buckets and back.
+        init_data_parallel=world.world_size > 1,
     )
-    for name, weights, first_row, first_column in table_shards(model):
+    sharded = Sharded(model, CombinedOptimizer(_optimizers(model, sparse, dense, names)), plan, names)
+    for name, weights, first_row, first_column in sharded.table_shards():
         _draw(weights, first_row, first_column, tables[name], seed)
-    return Sharded(model, CombinedOptimizer(_optimizers(model, sparse, dense)), plan)
+        weights[: max(0, reserved[name] - first_row)].zero_()
+    return sharded
 
 
 def make_plan(
@@ -153,29 +182,30 @@ def make_plan(
     return _plan(module, allowed, _tables(module), world, batch_size)
 
 
-def table_shards(model: nn.Module) -> Iterator[tuple[str, Tensor, int, int]]:
-    """Table name, weights in this rank's memory, and the first row and column of the table that they hold."""
-    for name, weight in model.state_dict().items():
-        if _TABLE in name:
-            table = name.split(_TABLE)[1].removesuffix(".weight")
-            if isinstance(weight, ShardedTensor):
-                for local in weight.local_shards():
-                    first_row, first_column = local.metadata.shard_offsets
-                    yield table, local.tensor, first_row, first_column
-            else:
-                yield table, weight, 0, 0
+def _configs(child: nn.Module) -> list[BaseEmbeddingConfig]:
+    """The tables of a collection; none where `child` is something else."""
+    if isinstance(child, EmbeddingBagCollection):
+        return list(child.embedding_bag_configs())
+    return list(child.embedding_configs()) if isinstance(child, EmbeddingCollection) else []
 
 
-def _collections(module: nn.Module) -> list[EmbeddingBagCollection]:
-    return [child for child in module.modules() if isinstance(child, EmbeddingBagCollection)]
+def _tables(module: nn.Module) -> dict[str, BaseEmbeddingConfig]:
+    return {table.name: table for child in module.modules() for table in _configs(child)}
 
 
-def _tables(module: nn.Module) -> dict[str, EmbeddingBagConfig]:
-    return {table.name: table for ebc in _collections(module) for table in ebc.embedding_bag_configs()}
+def _places(module: nn.Module) -> dict[str, list[str]]:
+    """Where the parameters of tables stand: prefix of their names -> the tables there."""
+    return {
+        f"{name}.{'embedding_bags' if isinstance(child, EmbeddingBagCollection) else 'embeddings'}.": [
+            table.name for table in _configs(child)
+        ]
+        for name, child in module.named_modules()
+        if _configs(child)
+    }
 
 
 def _allowed(
-    config: ParallelConfig, sparse: SparseOptimizer, tables: Mapping[str, EmbeddingBagConfig], world: World
+    config: ParallelConfig, sparse: SparseOptimizer, tables: Mapping[str, BaseEmbeddingConfig], world: World
 ) -> dict[str, tuple[str, ...]]:
     """Layouts that each table may have, by table name."""
     unknown = sorted(set(config.tables) - set(tables))
@@ -187,10 +217,13 @@ def _allowed(
             "or train on GPUs"
         )
     refused = _REFUSED.get(sparse.kind, {})
+    lists = {name for name, table in tables.items() if isinstance(table, EmbeddingConfig)}
     allowed: dict[str, tuple[str, ...]] = {}
     for name in tables:
         wanted = config.tables[name].sharding if name in config.tables else config.sharding
         for kind in wanted:
+            if kind in _REFUSED_LISTS and name in lists:
+                raise ValueError(f"parallel: table {name!r} has a list that attention reads: {_REFUSED_LISTS[kind]}")
             if kind in refused:
                 raise ValueError(f"parallel: table {name!r}: {kind} does not go with {sparse.kind}: {refused[kind]}")
         # One rank holds whole tables, whatever was asked for; TorchRec knows that layout by one name.
@@ -199,13 +232,13 @@ def _allowed(
 
 
 def _table_parameters(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for ebc in _collections(module) for parameter in ebc.parameters()]
+    return [parameter for child in module.modules() if _configs(child) for parameter in child.parameters()]
 
 
 def _plan(
     module: nn.Module,
     allowed: Mapping[str, tuple[str, ...]],
-    tables: Mapping[str, EmbeddingBagConfig],
+    tables: Mapping[str, BaseEmbeddingConfig],
     world: World,
     batch_size: int,
 ) -> ShardingPlan:
@@ -235,8 +268,8 @@ def _plan(
     )
     try:
         if dist.is_initialized():
-            return planner.collective_plan(module, [_Sharder()], dist.group.WORLD)
-        return planner.plan(module, [_Sharder()])
+            return planner.collective_plan(module, list(_SHARDERS), dist.group.WORLD)
+        return planner.plan(module, list(_SHARDERS))
     except PlannerError as error:
         gib = sum(table.num_embeddings * table.embedding_dim * 4 for table in tables.values()) / 2**30
         raise ValueError(
@@ -247,10 +280,10 @@ def _plan(
 
 
 def _optimizers(
-    model: DistributedModelParallel, sparse: SparseOptimizer, dense: DenseOptimizer
+    model: DistributedModelParallel, sparse: SparseOptimizer, dense: DenseOptimizer, tables: Mapping[str, str]
 ) -> list[tuple[str, KeyedOptimizer]]:
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
-    replicated = {name: parameter for name, parameter in rest.items() if _TABLE in name}
+    replicated = {name: parameter for name, parameter in rest.items() if name in tables}
     others = {name: parameter for name, parameter in rest.items() if name not in replicated}
     optimizers = [("", model.fused_optimizer), ("", KeyedOptimizerWrapper(others, dense.build))]
     if replicated:
@@ -259,9 +292,9 @@ def _optimizers(
     return optimizers
 
 
-def _state_name(parameter: str, key: str) -> str | None:
+def _state_name(table: bool, key: str) -> str | None:
     """One name for one thing: fused kernels say TABLE.momentum1, an ordinary optimizer sum; None is not kept."""
-    if _TABLE not in parameter:
+    if not table:
         return key
     return {"sum": "momentum1", "step": None}.get(key, key.rsplit(".", 1)[-1])
 
@@ -272,12 +305,10 @@ def _flat_if_rowwise(name: str, state: Tensor) -> Tensor:
     return state.view(-1) if ordinary and state.dim() == 2 and state.size(1) == 1 else state
 
 
-def _draw(weights: Tensor, first_row: int, first_column: int, table: EmbeddingBagConfig, seed: int) -> None:
+def _draw(weights: Tensor, first_row: int, first_column: int, table: BaseEmbeddingConfig, seed: int) -> None:
     low, high = table.weight_init_min, table.weight_init_max
     columns = torch.arange(first_column, first_column + weights.size(1), device=weights.device)
     for start in range(0, weights.size(0), _DRAWN_ROWS):
         part = weights[start : start + _DRAWN_ROWS]
         rows = torch.arange(first_row + start, first_row + start + part.size(0), device=weights.device)
         part.copy_(low + (high - low) * noise.uniform(seed ^ zlib.crc32(table.name.encode()), rows, columns))
-    if first_row == 0:
-        weights[:1].zero_()

@@ -1,22 +1,24 @@
 """Embedding tables and a backbone as one module: a batch goes in, a loss and logits come out."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedTensor
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
 from msr_dist.batch import ScenarioBatch
-from msr_dist.config import Config
-from msr_dist.models.base import Backbone, Inputs
-from msr_dist.schema import FeatureSchema, Table
+from msr_dist.config import Config, parse
+from msr_dist.models.base import Backbone, Behaviours, Inputs, Widths
+from msr_dist.models.layers import TargetAttention
+from msr_dist.schema import Feature, FeatureSchema, Table
 
 PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
+_MOST_STAND_INS = 8
 
 
 class TableOverride(Config):
@@ -24,15 +26,27 @@ class TableOverride(Config):
 
     width: int | None = Field(default=None, ge=4, multiple_of=4)
     precision: Literal["fp32", "fp16"] | None = None
+    per_scenario: bool | None = None
+    """Every scenario has vectors of its own."""
+
+
+class FeatureOverride(Config):
+    """What a run changes about one list feature of the schema."""
+
+    pooling: Literal["sum", "mean", "attention"]
 
 
 class EmbeddingsConfig(TableOverride):
-    """Widths and precisions of the tables; what is not said stays as the schema has it."""
+    """Widths and precisions of the tables, pooling of the lists; what is not said stays as the schema has it."""
 
     init_scale: float = Field(default=0.3, gt=0)
     """Vectors start uniform in ± init_scale / sqrt(width)."""
     tables: dict[str, TableOverride] = {}
     """Exceptions, by table name."""
+    features: dict[str, FeatureOverride] = {}
+    """Pooling of lists, by feature name: `attention` weighs a user's behaviours by the row's item (DIN)."""
+    attention_widths: Widths = (32,)
+    """Units of each hidden layer of the attention's activation unit."""
 
     def apply(self, schema: FeatureSchema) -> FeatureSchema:
         """The schema with this run's tables."""
@@ -40,10 +54,27 @@ class EmbeddingsConfig(TableOverride):
         unknown = sorted(set(self.tables) - set(known))
         if unknown:
             raise ValueError(f"embeddings.tables: no table {unknown[0]!r} in the data; it has {', '.join(known)}")
-        return schema.with_tables({table.name: self._table(table) for table in schema.tables})
+        lists = [feature.name for feature in schema.features if feature.pooling]
+        unknown = sorted(set(self.features) - set(lists))
+        if unknown:
+            raise ValueError(
+                f"embeddings.features: no list {unknown[0]!r} in the data; it has {', '.join(lists) or 'none'}"
+            )
+        features = tuple(self._feature(feature) for feature in schema.features)
+        tables = tuple(self._table(table) for table in schema.tables)
+        # Parsed again, for a pooling may not fit the other features.
+        changed = schema.model_dump() | {
+            "features": [feature.model_dump() for feature in features],
+            "tables": [table.model_dump() for table in tables],
+        }
+        return parse(FeatureSchema, changed, where="embeddings")
+
+    def _feature(self, feature: Feature) -> Feature:
+        override = self.features.get(feature.name)
+        return feature if override is None else feature.model_copy(update={"pooling": override.pooling})
 
     def _table(self, table: Table) -> Table:
-        changes = self.model_dump(include={"width", "precision"}, exclude_none=True)
+        changes = self.model_dump(include={"width", "precision", "per_scenario"}, exclude_none=True)
         if table.name in self.tables:
             changes |= self.tables[table.name].model_dump(exclude_none=True)
         return table.model_copy(update=changes)
@@ -65,45 +96,112 @@ class Recommender(nn.Module):
     def __init__(self, schema: FeatureSchema, backbone: Backbone, config: EmbeddingsConfig) -> None:
         """`schema` must be the one that `config` was applied to. Tables take no memory before they are sharded."""
         super().__init__()
-        self.embeddings = EmbeddingBagCollection(
-            tables=[_bag(table, schema, config.init_scale) for table in schema.tables if _features(table, schema)],
-            device=torch.device("meta"),
-        )
-        self.head = Head(schema, backbone)
+        listed = {feature.table for feature in schema.features if feature.pooling == "attention"}
+        used = [table for table in schema.tables if _features(table, schema)]
+        bags = [_bag(table, schema, config.init_scale) for table in used if table.name not in listed]
+        lists = [_list(table, schema, config.init_scale) for table in used if table.name in listed]
+        meta = torch.device("meta")
+        self.embeddings = EmbeddingBagCollection(tables=bags, device=meta) if bags else None
+        self.sequences = EmbeddingCollection(tables=lists, device=meta) if lists else None
+        self.head = Head(schema, backbone, config.attention_widths)
 
     def forward(self, batch: ScenarioBatch) -> tuple[Tensor, Predictions]:
         """The loss to minimise and the predictions of this rank's rows."""
-        result: tuple[Tensor, Predictions] = self.head(self.embeddings(batch.ids), batch)
+        pooled = None if self.embeddings is None else self.embeddings(batch.ids)
+        lists = None if self.sequences is None else self.sequences(batch.ids)
+        result: tuple[Tensor, Predictions] = self.head(pooled, lists, batch)
         return result
+
+    def reserved_rows(self, schema: FeatureSchema) -> dict[str, int]:
+        """By the name of a table's submodule: how many of its first vectors stand for ids that training never saw."""
+        return {module_name(table.name): schema.copies(table) for table in schema.tables}
 
 
 class Head(nn.Module):
-    """Everything after the lookup. It holds no table, so TorchRec's tracer never looks inside: backbones may branch."""
+    """Everything after the lookup. It holds no table, so TorchRec's tracer never looks inside: backbones may branch.
 
-    def __init__(self, schema: FeatureSchema, backbone: Backbone) -> None:
+    A scenario without training rows has parameters that nothing has taught. Its rows are predicted by what the others
+    share: the mean of the probabilities that a row would have in each of them, weighted by their training rows (in the
+    largest of them, where there are many).
+    """
+
+    def __init__(self, schema: FeatureSchema, backbone: Backbone, attention_widths: Widths = (32,)) -> None:
         super().__init__()
         self.backbone = backbone
         self._groups = list(schema.group_widths())
         self._features = [[f.name for f in schema.features if f.group == group] for group in self._groups]
         self._numerics = [[i for i, n in enumerate(schema.numerics) if n.group == group] for group in self._groups]
-        self._averaged = {feature.name for feature in schema.features if feature.pooling == "mean"}
+        self._pooling = {feature.name: feature.pooling for feature in schema.features}
+        self._targets = {f.name: schema.target(f).name for f in schema.features if f.pooling == "attention"}
+        self.attention = nn.ModuleDict(
+            {
+                module_name(feature.name): TargetAttention(schema.table(feature.table).width, attention_widths)
+                for feature in schema.features
+                if feature.pooling == "attention"
+            }
+        )
+        self._stand_ins = _stand_ins(schema)
+        untaught = [scenario.rows == 0 for scenario in schema.scenarios]
+        self._untaught = torch.tensor(untaught) if any(untaught) and self._stand_ins else None
 
-    def forward(self, embedded: KeyedTensor, batch: ScenarioBatch) -> tuple[Tensor, Predictions]:
+    def forward(
+        self, pooled: KeyedTensor | None, lists: dict[str, JaggedTensor] | None, batch: ScenarioBatch
+    ) -> tuple[Tensor, Predictions]:
         """The backbone's loss, averaged over the rows of all ranks."""
-        objective = self.backbone.objective(Inputs(self._join(embedded, batch), batch.scenario, batch.row))
+        inputs = self._inputs(pooled, lists or {}, batch)
+        objective = self.backbone.objective(inputs)
         loss = objective.loss(batch.labels, batch.weights) / batch.rows_per_rank
-        return loss, Predictions(objective.logits.detach(), loss.detach())
+        logits = objective.logits.detach()
+        if self._untaught is not None and not self.training:
+            logits = self._stand_in(inputs, logits, self._untaught.to(logits.device)[inputs.scenario])
+        return loss, Predictions(logits, loss.detach())
 
-    def _join(self, embedded: KeyedTensor, batch: ScenarioBatch) -> dict[str, Tensor]:
+    def _inputs(self, pooled: KeyedTensor | None, lists: dict[str, JaggedTensor], batch: ScenarioBatch) -> Inputs:
         # By name: the order of KeyedTensor.values() changes with the sharding plan.
-        columns: dict[str, Tensor] = embedded.to_dict()
-        for name in self._averaged:
-            columns[name] = columns[name] / batch.ids[name].lengths().clamp(min=1).unsqueeze(1)
+        columns: dict[str, Tensor] = {} if pooled is None else pooled.to_dict()
+        columns |= {
+            name: _padded(x, self._pooling[name]).sum(dim=1) for name, x in lists.items() if name not in self._targets
+        }
+        for name in columns:
+            if self._pooling[name] == "mean":
+                columns[name] = columns[name] / batch.ids[name].lengths().clamp(min=1).unsqueeze(1)
+        behaviours = {}
+        for name, target in self._targets.items():
+            lengths = lists[name].lengths()
+            vectors = _padded(lists[name], self._pooling[name])
+            present = torch.arange(vectors.shape[1], device=lengths.device) < lengths[:, None]
+            behaviours[name] = Behaviours(vectors, present, columns[target].float())
+            columns[name] = self.attention[module_name(name)](behaviours[name], batch.row)
         groups = {}
         for group, features, numerics in zip(self._groups, self._features, self._numerics, strict=True):
             parts = [columns[feature].float() for feature in features]
             groups[group] = torch.cat([*parts, batch.numeric[:, numerics]] if numerics else parts, dim=1)
-        return groups
+        return Inputs(groups, batch.scenario, batch.row, behaviours)
+
+    def _stand_in(self, inputs: Inputs, logits: Tensor, untaught: Tensor) -> Tensor:
+        rows = untaught.nonzero().squeeze(1)
+        if not len(rows):
+            return logits
+        some = inputs.take(rows)
+        probability = torch.zeros_like(logits[rows])
+        for scenario, share in self._stand_ins:
+            elsewhere = replace(some, scenario=torch.full_like(rows, scenario))
+            probability += share * torch.sigmoid(self.backbone(elsewhere))
+        return logits.index_copy(0, rows, torch.logit(probability))
+
+
+def _stand_ins(schema: FeatureSchema) -> list[tuple[int, float]]:
+    """Scenarios that predict for those without training rows, and their shares."""
+    taught = sorted((s for s in schema.scenarios if s.rows), key=lambda s: -(s.rows or 0))[:_MOST_STAND_INS]
+    total = sum(s.rows or 0 for s in taught)
+    return [(s.id, (s.rows or 0) / total) for s in taught]
+
+
+def _padded(x: JaggedTensor, pooling: str | None) -> Tensor:
+    """`[B, L, W]` fp32: the lists of `x`, 0 behind their ends."""
+    longest = 1 if pooling is None else int(x.lengths().max()) if len(x.lengths()) else 0
+    padded: Tensor = x.to_padded_dense(longest).float()
+    return padded
 
 
 def module_name(table: str) -> str:
@@ -117,15 +215,22 @@ def _features(table: Table, schema: FeatureSchema) -> list[str]:
 
 
 def _bag(table: Table, schema: FeatureSchema, init_scale: float) -> EmbeddingBagConfig:
+    # The head divides by the lengths: TorchRec 1.8 divides, for a row-wise table, sums over other tables as well.
+    return EmbeddingBagConfig(pooling=PoolingType.SUM, **_settings(table, schema, init_scale))
+
+
+def _list(table: Table, schema: FeatureSchema, init_scale: float) -> EmbeddingConfig:
+    return EmbeddingConfig(**_settings(table, schema, init_scale))
+
+
+def _settings(table: Table, schema: FeatureSchema, init_scale: float) -> dict[str, Any]:
     bound = init_scale / math.sqrt(table.width)
-    return EmbeddingBagConfig(
-        name=module_name(table.name),
-        num_embeddings=table.rows,
-        embedding_dim=table.width,
-        feature_names=_features(table, schema),
-        # The head divides by the lengths: TorchRec 1.8 divides, for a row-wise table, sums over other tables as well.
-        pooling=PoolingType.SUM,
-        data_type=PRECISIONS[table.precision],
-        weight_init_min=-bound,
-        weight_init_max=bound,
-    )
+    return {
+        "name": module_name(table.name),
+        "num_embeddings": table.rows * schema.copies(table),
+        "embedding_dim": table.width,
+        "feature_names": _features(table, schema),
+        "data_type": PRECISIONS[table.precision],
+        "weight_init_min": -bound,
+        "weight_init_max": bound,
+    }

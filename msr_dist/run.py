@@ -4,16 +4,17 @@ RUNS/NAME/
   config.toml          the resolved configuration
   plan.txt             the sharding plan
   metrics.jsonl        every value that was tracked, one line per step
-  metrics.json         per-scenario metrics of the test split
+  metrics.json         per-scenario metrics of the test split (metrics-valid.json: of the valid split)
   checkpoints/         stage-S-step-N
 """
 
 import fcntl
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -29,6 +30,8 @@ from msr_dist.parallel import ParallelConfig, Sharded, make_plan, shard
 from msr_dist.recommender import EmbeddingsConfig, Recommender, module_name
 from msr_dist.schema import FeatureSchema
 from msr_dist.tracking import TrackingConfig
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.toml"
 METRICS_FILE = "metrics.json"
@@ -54,6 +57,8 @@ class EvaluationConfig(Config):
     """Rows of all ranks in one evaluation step; changes no result."""
     validate_epochs: int = Field(default=1, ge=0)
     """Evaluate the valid split after every so many epochs; 0 never does."""
+    final: Literal["valid", "test"] = "test"
+    """The split that the finished run is judged on; with valid, as a search does, the test split is never opened."""
 
     def validates_after(self, epochs: int) -> bool:
         """Whether the valid split is due after so many epochs."""
@@ -93,7 +98,8 @@ class RunConfig(Config):
 
     def read_schema(self) -> FeatureSchema:
         """The schema of the data with this run's tables."""
-        return self.embeddings.apply(FeatureSchema.read(self.data))
+        assert isinstance(self.model, BackboneConfig)
+        return self.model.adapt(self.embeddings.apply(FeatureSchema.read(self.data)))
 
     def epochs_before(self, stage: int) -> int:
         """Epochs of all stages before the one of that index."""
@@ -145,7 +151,8 @@ class RunConfig(Config):
         recommender = self._recommender(schema)
         recommender.head.to(world.device)
         rows = -(-self.loader.batch_size // world.world_size)
-        return shard(recommender, self._layouts(), stage.sparse, stage.dense, world, rows, self.seed)
+        reserved = recommender.reserved_rows(schema)
+        return shard(recommender, self._layouts(), stage.sparse, stage.dense, world, rows, self.seed, reserved)
 
     def dry_plan(self, world_size: int) -> str:
         """The sharding plan for `world_size` ranks on machines like this one, without any data or process group."""
@@ -162,6 +169,15 @@ class RunConfig(Config):
     def _layouts(self) -> ParallelConfig:
         tables = {module_name(table): layout for table, layout in self.parallel.tables.items()}
         return self.parallel.model_copy(update={"tables": tables})
+
+
+def say_untaught(schema: FeatureSchema, world: World) -> None:
+    """Warn of scenarios that no training row belongs to, once for all ranks."""
+    names = [scenario.name for scenario in schema.scenarios if scenario.rows == 0]
+    if names and world.rank == 0:
+        log.warning(
+            "no training rows of scenario %s: predicted by what the other scenarios share", ", ".join(map(repr, names))
+        )
 
 
 def read_run(folder: Path) -> RunConfig:

@@ -34,6 +34,8 @@ class Scenario(Config):
     name: str = Field(min_length=1)
     text: str = ""
     """A sentence that describes it, for people and for language models."""
+    rows: int | None = Field(default=None, ge=0)
+    """Its training rows, where they were counted; at 0 it is served by what the other scenarios share."""
 
 
 class Table(Config):
@@ -45,6 +47,8 @@ class Table(Config):
     width: int = Field(default=16, ge=4, multiple_of=4)
     """Length of one vector; fbgemm's kernels want a multiple of 4."""
     precision: Literal["fp32", "fp16"] = "fp32"
+    per_scenario: bool = False
+    """Every scenario has `rows` vectors of its own: id i of scenario s is looked up at i * scenarios + s."""
 
 
 class Feature(Config):
@@ -54,8 +58,9 @@ class Feature(Config):
     table: str
     group: str = "context"
     """Which tensor of the backbone's input it becomes part of, such as user, item or context."""
-    pooling: Literal["sum", "mean"] | None = None
-    """How the vectors of a list are joined; None says that the column holds one id per row."""
+    pooling: Literal["sum", "mean", "attention"] | None = None
+    """How the vectors of a list are joined; None says that the column holds one id per row. Attention weighs them by
+    how they bear on the row's target: the item, or else the first single-valued feature of the same table."""
 
 
 class Numeric(Config):
@@ -105,6 +110,11 @@ class FeatureSchema(Config):
         for feature in self.features:
             if feature.table not in {table.name for table in self.tables}:
                 raise ValueError(f"features.{feature.name}: there is no table {feature.table!r}")
+            if feature.pooling == "attention" and not self._targets(feature):
+                raise ValueError(
+                    f"features.{feature.name}: pooling 'attention' needs a single-valued feature of table "
+                    f"{feature.table!r} to ask about, and there is none; choose 'mean' or 'sum'"
+                )
         for role in (self.user, self.item):
             if not any(feature.name == role and feature.pooling is None for feature in self.features):
                 raise ValueError(f"{role!r} stands as user or item, but is no single-valued feature")
@@ -120,6 +130,18 @@ class FeatureSchema(Config):
     def table(self, name: str) -> Table:
         """The table called `name`."""
         return next(table for table in self.tables if table.name == name)
+
+    def copies(self, table: Table) -> int:
+        """Vectors per id: one, or one per scenario."""
+        return len(self.scenarios) if table.per_scenario else 1
+
+    def target(self, feature: Feature) -> Feature:
+        """What attention asks about when it reads the list `feature`."""
+        return self._targets(feature)[0]
+
+    def _targets(self, feature: Feature) -> list[Feature]:
+        alike = [each for each in self.features if each.table == feature.table and each.pooling is None]
+        return sorted(alike, key=lambda each: each.name != self.item)
 
     def group_widths(self) -> dict[str, int]:
         """Width of each feature group's tensor: its features' table widths and one per numeric, in schema order."""

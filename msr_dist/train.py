@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +18,10 @@ from msr_dist.data.parquet import ParquetSource
 from msr_dist.distributed import World, open_world
 from msr_dist.evaluate import evaluate_split, evaluation_loader, metrics_file, write_report
 from msr_dist.files import write_whole
+from msr_dist.metrics import Report
 from msr_dist.parallel import Sharded
 from msr_dist.progress import Progress
-from msr_dist.run import CHECKPOINTS, CONFIG_FILE, PLAN_FILE, RunConfig
+from msr_dist.run import CHECKPOINTS, CONFIG_FILE, PLAN_FILE, RunConfig, say_untaught
 from msr_dist.schema import FeatureSchema
 from msr_dist.tracking import Tracker, open_tracker
 
@@ -36,34 +38,38 @@ class Session:
     loader: Loader
     checkpoints: Checkpoints
     tracker: Tracker
+    validated: Callable[[int, Report], None] | None
 
 
-def train(run: RunConfig) -> None:
-    """Train `run` from its newest checkpoint, or from the start, to its end, and evaluate it on the test split.
+def train(run: RunConfig, validated: Callable[[int, Report], None] | None = None) -> None:
+    """Train `run` from its newest checkpoint, or from the start, to its end, and evaluate it on the split `final`.
 
-    Every process calls this with the same `run`, whose folder exists.
+    Every process calls this with the same `run`, whose folder exists. `validated` is called on rank 0 after each
+    evaluation of the valid split, with the epochs done in all stages; what it raises ends the run.
 
     Raises:
         ValueError: the data, the configuration or a checkpoint do not fit together; the message says where.
     """
     with open_world() as world, run.locked(world):
         schema = run.read_schema()
+        say_untaught(schema, world)
         source = ParquetSource(run.data / "train", schema)
         loader = Loader(source, schema, _order(run, source), world.rank, world.world_size, run.loader)
         checkpoints = Checkpoints(run.folder / CHECKPOINTS, run.checkpoint, world)
         found = checkpoints.newest()
         with open_tracker(run.tracking, world.rank, run.folder, dump(run)) as tracker:
-            session = Session(run, world, schema, loader, checkpoints, tracker)
+            session = Session(run, world, schema, loader, checkpoints, tracker, validated)
             for index in range(found.state.stage if found else 0, len(run.stages)):
                 sharded = run.build(schema, run.stages[index], world)
                 _keep_plan(session, sharded)
                 state = _restore(session, sharded, found, index)
                 found = _train_stage(session, sharded, state) or found
-            report = evaluate_split(run, schema, sharded.model, "test", world)
+            split = run.evaluation.final
+            report = evaluate_split(run, schema, sharded.model, split, world)
             if report is not None:
-                write_report(report, metrics_file(run.folder, "test"))
-                tracker.log(report.flat("test"), run.epochs_before(len(run.stages)) * loader.order.steps)
-                tracker.artifact(metrics_file(run.folder, "test"))
+                write_report(report, metrics_file(run.folder, split))
+                tracker.log(report.flat(split), run.epochs_before(len(run.stages)) * loader.order.steps)
+                tracker.artifact(metrics_file(run.folder, split))
 
 
 def check(run: RunConfig, world_size: int) -> None:
@@ -72,7 +78,7 @@ def check(run: RunConfig, world_size: int) -> None:
     run.check_tables(schema)
     source = ParquetSource(run.data / "train", schema)
     Loader(source, schema, _order(run, source), 0, world_size, run.loader)
-    for split in ("valid", "test"):
+    for split in {"valid", run.evaluation.final}:
         evaluation_loader(run, schema, split, 0, world_size)
 
 
@@ -144,6 +150,8 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
             report = evaluate_split(run, session.schema, sharded.model, "valid", world)
             if report is not None:
                 session.tracker.log(report.flat("valid"), first + state.step)
+                if session.validated is not None:
+                    session.validated(run.epochs_before(state.stage) + state.step // order.steps, report)
         if saves:
             end = Checkpoint(session.checkpoints.save(sharded.tensors(), state), state)
     progress.close()

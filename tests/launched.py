@@ -18,8 +18,8 @@ from msr_dist.data.parquet import ParquetSource
 from msr_dist.distributed import open_world
 from msr_dist.models.mmoe import Config as Mmoe
 from msr_dist.optim import DenseOptimizer, Schedule, SparseOptimizer
-from msr_dist.parallel import ParallelConfig, TableSharding, shard, table_shards
-from msr_dist.recommender import EmbeddingsConfig, Recommender
+from msr_dist.parallel import ParallelConfig, TableSharding, shard
+from msr_dist.recommender import EmbeddingsConfig, FeatureOverride, Recommender
 
 
 def report_world(folder: Path) -> None:
@@ -63,6 +63,8 @@ class Training:
     layouts: tuple[str, str, str]
     optimizer: str = "rowwise_adagrad"
     precision: str = "fp32"
+    attention: bool = False
+    per_scenario: bool = False
     decay: str = "constant"
     scale: float = 1.0
     first: int = 0
@@ -73,18 +75,22 @@ class Training:
 def train_steps(job: Training) -> None:
     """Leave the losses of steps `first` to `last - 1` in losses.json and one table's first row in weights.json."""
     with open_world() as world:
-        schema = EmbeddingsConfig(precision=job.precision).apply(canonical.schema())
+        pooling = {"history": FeatureOverride(pooling="attention")} if job.attention else {}
+        embeddings = EmbeddingsConfig(precision=job.precision, features=pooling, per_scenario=job.per_scenario)
+        schema = embeddings.apply(canonical.schema())
         source = ParquetSource(job.data / "train", schema)
         order = Order(tuple(group.rows for group in source.row_groups), 6, 120, seed=1, window_rows=600)
         torch.manual_seed(0)
         model = Recommender(
-            schema, Mmoe(kind="mmoe", experts=2, widths=(8,), tower_widths=(4,)).build(schema), EmbeddingsConfig()
+            schema, Mmoe(kind="mmoe", experts=2, widths=(8,), tower_widths=(4,)).build(schema), embeddings
         )
         names = ("users", "items_", "tags")
         parallel = ParallelConfig(
             tables={name: TableSharding(sharding=(kind,)) for name, kind in zip(names, job.layouts, strict=True)}
         )
-        sharded = shard(model, parallel, SparseOptimizer(kind=job.optimizer), DenseOptimizer(), world, 60, seed=1)
+        sparse = SparseOptimizer(kind=job.optimizer)
+        reserved = model.reserved_rows(schema)
+        sharded = shard(model, parallel, sparse, DenseOptimizer(), world, 60, seed=1, reserved=reserved)
         checkpoints = Checkpoints(job.folder / "checkpoints", CheckpointConfig(), world)
         if job.first:
             found = checkpoints.newest()
@@ -105,5 +111,5 @@ def train_steps(job: Training) -> None:
             checkpoints.save(sharded.tensors(), TrainState(step=job.last))
         if world.rank == 0:
             (job.folder / "losses.json").write_text(json.dumps(losses))
-            rows = {name: weights[0].float().tolist() for name, weights, _, _ in table_shards(sharded.model)}
+            rows = {name: weights[0].float().tolist() for name, weights, _, _ in sharded.table_shards()}
             (job.folder / "weights.json").write_text(json.dumps(rows))

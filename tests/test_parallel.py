@@ -12,7 +12,7 @@ from msr_dist.launch import launch
 from msr_dist.models.mlp import Config as Mlp
 from msr_dist.optim import SparseOptimizer
 from msr_dist.parallel import ParallelConfig, TableSharding, make_plan
-from msr_dist.recommender import EmbeddingsConfig, Recommender
+from msr_dist.recommender import EmbeddingsConfig, FeatureOverride, Recommender
 
 CPU = torch.device("cpu")
 
@@ -51,6 +51,30 @@ def test_a_checkpoint_continues_under_any_plan(tmp_path, data, optimizer):
     for workers, layouts in {1: WHOLE, 3: ("data_parallel", by_column, "table_wise")}.items():
         resumed = losses(tmp_path, data, workers, layouts, optimizer=optimizer, first=12)
         assert resumed == pytest.approx(whole[12:], rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad"])
+def test_lists_that_attention_reads_change_nothing_of_that(tmp_path, data, optimizer):
+    alone = losses(tmp_path, data, 1, WHOLE, optimizer=optimizer, attention=True)
+    assert alone[10:] != pytest.approx(losses(tmp_path, data, 1, WHOLE, optimizer=optimizer)[10:], rel=1e-5)
+    by_column = "row_wise" if optimizer == "rowwise_adagrad" else "column_wise"
+    plans = {3: ("table_wise", by_column, "row_wise"), 2: ("data_parallel", "row_wise", "table_wise")}
+    for workers, layouts in plans.items():
+        spread = losses(tmp_path, data, workers, layouts, optimizer=optimizer, attention=True)
+        assert spread == pytest.approx(alone, rel=1e-6)
+    losses(
+        tmp_path, data, 2, ("row_wise", by_column, "row_wise"), optimizer=optimizer, attention=True, last=12, save=True
+    )
+    for workers, layouts in {1: WHOLE, 2: ("row_wise", "table_wise", "data_parallel")}.items():
+        resumed = losses(tmp_path, data, workers, layouts, optimizer=optimizer, attention=True, first=12)
+        assert resumed == pytest.approx(alone[12:], rel=1e-6)
+
+
+def test_vectors_of_a_scenarios_own(tmp_path, data):
+    alone = losses(tmp_path, data, 1, WHOLE, per_scenario=True)
+    assert alone[10:] != pytest.approx(losses(tmp_path, data, 1, WHOLE)[10:], rel=1e-3)
+    spread = losses(tmp_path, data, 2, ("row_wise", "row_wise", "table_wise"), per_scenario=True)
+    assert spread == pytest.approx(alone, rel=1e-6)
 
 
 def test_half_precision_tables_train_and_continue(tmp_path, data):
@@ -104,6 +128,16 @@ def test_a_plan_keeps_to_what_is_allowed():
 def test_layouts_that_would_change_the_optimizer(config, optimizer, says):
     with pytest.raises(ValueError, match=says):
         plan(ParallelConfig(**config), optimizer)
+
+
+@pytest.mark.parametrize("layout", ["table_row_wise", "data_parallel"])
+def test_layouts_that_lists_of_attention_cannot_have(layout):
+    embeddings = EmbeddingsConfig(features={"history": FeatureOverride(pooling="attention")})
+    schema = embeddings.apply(canonical.schema())
+    model = Recommender(schema, Mlp().build(schema), embeddings)
+    layouts = ParallelConfig(tables={"items_": TableSharding(sharding=(layout,))})
+    with pytest.raises(ValueError, match=f"table 'items_' has a list that attention reads: .*{layout}"):
+        make_plan(model, layouts, SparseOptimizer(), World(0, 2, 0, 2, CPU), batch_size=64)
 
 
 def test_tables_that_do_not_fit():

@@ -1,12 +1,19 @@
 import pytest
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 import canonical
 from msr_dist.batch import ScenarioBatch
 from msr_dist.models.base import Backbone, Inputs
-from msr_dist.recommender import EmbeddingsConfig, Head, Recommender, TableOverride, module_name
+from msr_dist.recommender import (
+    EmbeddingsConfig,
+    FeatureOverride,
+    Head,
+    Recommender,
+    TableOverride,
+    module_name,
+)
 
 
 class Remembering(Backbone):
@@ -47,7 +54,7 @@ def embedded(keys: list[str]) -> KeyedTensor:
 @pytest.mark.parametrize("keys", [["user", "item", "history", "tags"], ["tags", "history", "item", "user"]])
 def test_columns_are_found_by_name_whatever_the_plan_made_of_their_order(keys):
     backbone = Remembering()
-    Head(canonical.schema(), backbone)(embedded(keys), batch())
+    Head(canonical.schema(), backbone)(embedded(keys), None, batch())
     groups = backbone.seen.groups
     assert list(groups) == ["user", "item"]
     assert groups["user"][0].tolist() == [1.0] * 8 + [2.0] * 8  # mean over a history of three
@@ -57,7 +64,8 @@ def test_columns_are_found_by_name_whatever_the_plan_made_of_their_order(keys):
 
 
 def test_the_loss_weighs_labels_and_divides_by_all_rows():
-    loss, predictions = Head(canonical.schema(), Remembering())(embedded(["user", "item", "history", "tags"]), batch())
+    pooled = embedded(["user", "item", "history", "tags"])
+    loss, predictions = Head(canonical.schema(), Remembering())(pooled, None, batch())
     assert loss.item() == pytest.approx(5 * torch.tensor(2.0).log().item() / 2)
     assert not predictions.logits.requires_grad
 
@@ -90,3 +98,52 @@ def test_widths_and_precisions_of_a_run():
     assert [(table.width, table.precision) for table in schema.tables] == [(12, "fp32"), (12, "fp16"), (12, "fp32")]
     with pytest.raises(ValueError, match="no table 'itemz' in the data; it has users, items, tags"):
         EmbeddingsConfig(tables={"itemz": TableOverride(width=8)}).apply(canonical.schema())
+
+
+def attending(pooling: str = "attention") -> EmbeddingsConfig:
+    return EmbeddingsConfig(features={"history": FeatureOverride(pooling=pooling)})
+
+
+def test_a_history_that_attention_reads():
+    schema = attending().apply(canonical.schema())
+    backbone = Remembering()
+    head = Head(schema, backbone)
+    vectors = torch.randn(5, 8)
+    lists = {
+        "item": JaggedTensor(vectors[:2], lengths=torch.tensor([1, 1])),
+        "history": JaggedTensor(vectors[2:], lengths=torch.tensor([3, 0])),
+    }
+    head(embedded(["user", "tags"]), lists, batch())
+    seen = backbone.seen.behaviours["history"]
+    assert torch.equal(seen.vectors[0], vectors[2:])
+    assert seen.present.tolist() == [[True] * 3, [False] * 3]
+    assert torch.equal(seen.target, vectors[:2])
+    pooled = head.attention["history"](seen, batch().row)
+    assert torch.equal(backbone.seen.groups["user"][:, 8:], pooled)
+    assert pooled[0].abs().min() > 0
+    assert not pooled[1].any()
+    assert torch.equal(backbone.seen.groups["item"][:, :8], vectors[:2])
+
+
+def test_tables_of_lists_that_attention_reads_stand_apart():
+    model = Recommender(attending().apply(canonical.schema()), Remembering(), attending())
+    assert {table.name for table in model.embeddings.embedding_bag_configs()} == {"users", "tags"}
+    assert {table.name for table in model.sequences.embedding_configs()} == {"items_"}
+    assert _model().sequences is None
+
+
+def test_poolings_that_cannot_be():
+    with pytest.raises(ValueError, match=r"embeddings\.features: no list 'histroy' in the data; it has history, tags"):
+        EmbeddingsConfig(features={"histroy": FeatureOverride(pooling="sum")}).apply(canonical.schema())
+    tags = EmbeddingsConfig(features={"tags": FeatureOverride(pooling="attention")})
+    with pytest.raises(ValueError, match=r"features\.tags: pooling 'attention' needs a single-valued feature of table"):
+        tags.apply(canonical.schema())
+
+
+def test_vectors_for_each_scenario():
+    config = EmbeddingsConfig(tables={"users": TableOverride(per_scenario=True)})
+    schema = config.apply(canonical.schema())
+    model = Recommender(schema, Remembering(), config)
+    rows = {table.name: table.num_embeddings for table in model.embeddings.embedding_bag_configs()}
+    assert rows == {"users": 3 * canonical.USERS, "items_": canonical.ITEMS, "tags": canonical.TAGS}
+    assert model.reserved_rows(schema) == {"users": 3, "items_": 1, "tags": 1}

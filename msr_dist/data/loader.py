@@ -18,7 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from msr_dist.batch import ScenarioBatch
 from msr_dist.config import Config
 from msr_dist.data.order import Order
-from msr_dist.schema import FeatureSchema
+from msr_dist.schema import Feature, FeatureSchema
 
 
 class LoaderConfig(Config):
@@ -214,19 +214,44 @@ def _decode(table: pa.Table, schema: FeatureSchema, permutation: Ints | None) ->
     def stack(names: list[str], dtype: type) -> npt.NDArray[Any]:
         return np.stack([column(name, dtype) for name in names]) if names else np.empty((0, table.num_rows), dtype)
 
+    scenario = column(schema.scenario, np.int64)
+
     def weight(index: int) -> Floats:
         label = schema.labels[index]
         values = np.ones(table.num_rows, np.float32) if not label.weight else column(label.weight, np.float32)
         return values * column(label.mask, np.float32) if label.mask else values
 
     return Rows(
-        ids=stack([f.name for f in schema.features if not f.pooling], np.int64),
-        lists=tuple(_decode_list(table[f.name], permutation) for f in schema.features if f.pooling),
+        ids=_own(stack([f.name for f in schema.features if not f.pooling], np.int64), scenario, schema),
+        lists=tuple(
+            _own_list(_decode_list(table[f.name], permutation), f, scenario, schema)
+            for f in schema.features
+            if f.pooling
+        ),
         numeric=stack([numeric.name for numeric in schema.numerics], np.float32),
-        scenario=column(schema.scenario, np.int64),
+        scenario=scenario,
         labels=stack([label.name for label in schema.labels], np.float32),
         weights=np.stack([weight(index) for index in range(len(schema.labels))]),
     )
+
+
+def _own(ids: Ints, scenario: Ints, schema: FeatureSchema) -> Ints:
+    """`ids` `[F, n]` where the tables of some features hold vectors for each scenario: see `Table.per_scenario`."""
+    for line, feature in zip(ids, (f for f in schema.features if not f.pooling), strict=True):
+        copies = schema.copies(schema.table(feature.table))
+        if copies > 1:
+            line *= copies
+            line += scenario
+    return ids
+
+
+def _own_list(column: tuple[Ints, Ints], feature: Feature, scenario: Ints, schema: FeatureSchema) -> tuple[Ints, Ints]:
+    values, offsets = column
+    copies = schema.copies(schema.table(feature.table))
+    if copies > 1:
+        values = values[offsets[0] : offsets[-1]] * copies + np.repeat(scenario, np.diff(offsets))
+        offsets = offsets - offsets[0]
+    return values, offsets
 
 
 def _decode_list(column: pa.ChunkedArray, permutation: Ints | None) -> tuple[Ints, Ints]:

@@ -50,6 +50,15 @@ class Inputs:
     behaviours: Mapping[str, Behaviours] = field(default_factory=dict)
     """Feature name -> its list, for features with pooling "attention"; their pooled vectors are in `groups` as well."""
 
+    def take(self, rows: Tensor) -> "Inputs":
+        """The rows of those indices."""
+        behaviours = {
+            name: Behaviours(lists.vectors[rows], lists.present[rows], lists.target[rows])
+            for name, lists in self.behaviours.items()
+        }
+        groups = {name: x[rows] for name, x in self.groups.items()}
+        return Inputs(groups, self.scenario[rows], self.row[rows], behaviours)
+
     def joined(self) -> Tensor:
         """All groups side by side: `[B, sum of widths]`."""
         return torch.cat(list(self.groups.values()), dim=1)
@@ -92,6 +101,10 @@ class Backbone(nn.Module, ABC):
 
 class BackboneConfig(Kinded, ABC):
     """Settings of a backbone: each file in `models/` has one final subclass called `Config`."""
+
+    def adapt(self, schema: FeatureSchema) -> FeatureSchema:
+        """The schema with the tables that this model needs: by default, those that it has."""
+        return schema
 
     @abstractmethod
     def build(self, schema: FeatureSchema) -> Backbone:

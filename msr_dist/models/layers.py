@@ -7,7 +7,7 @@ that see different scenarios still run the same collectives in the same order.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from msr_dist.models.base import Behaviours
 from msr_dist.noise import uniform
 
 
@@ -60,6 +61,32 @@ class MLP(nn.Module):
         for linear, dropout in zip(self.linears, self.dropouts, strict=True):
             x = dropout(torch.relu(linear(x)), row)
         return x
+
+
+@final
+class TargetAttention(nn.Module):
+    """DIN's local activation unit (Zhou et al., 2018, "Deep interest network", section 4.3).
+
+        a_l = last(MLP([v_l ; t ; v_l - t ; v_l * t]))          v_l [B, W] one behaviour, t [B, W] the target
+        out = sum_l a_l v_l                                     not normalised, so that strong interest is a long vector
+
+    Deviations: ReLU in place of Dice, whose statistics are of the batch; the difference beside the product, as in the
+    authors' code.
+    """
+
+    def __init__(self, width: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.mlp = MLP(4 * width, widths, dropout=0.0)
+        self.last = nn.Linear(self.mlp.out_width, 1)
+
+    def forward(self, behaviours: Behaviours, row: Tensor) -> Tensor:
+        """`[B, W]`; 0 where there is no behaviour."""
+        vectors = behaviours.vectors
+        target = behaviours.target[:, None, :].expand_as(vectors)
+        asked = torch.cat([vectors, target, vectors - target, vectors * target], dim=2)
+        weight = self.last(self.mlp(asked, row)) * behaviours.present[:, :, None]
+        pooled: Tensor = (weight * vectors).sum(dim=1)
+        return pooled
 
 
 @final
@@ -125,7 +152,9 @@ class ScenarioGroups:
         return torch.stack([rows.sum(0, dtype=torch.float64) for rows in x.split_with_sizes(self.sizes)])
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, groups: ScenarioGroups) -> Tensor:
+def grouped_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: ScenarioGroups, shared: Tensor | None = None
+) -> Tensor:
     """Each grouped row through its own scenario's layer, and through no other.
 
     Args:
@@ -133,13 +162,66 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, groups: ScenarioGrou
         weight: `[S, in, out]`.
         bias: `[S, out]`.
         groups: of the rows of `x`.
+        shared: `[in, out]`, by which the weight of every scenario is multiplied elementwise, if given.
 
     Returns:
         `[B, out]`, grouped. A scenario without rows takes part with an empty product: its gradient is exactly 0.
     """
-    # unbind, because its gradient is stacked once: that of weight[s] would be S tensors of the size of the stack.
-    layers = zip(x.split_with_sizes(groups.sizes), weight.unbind(), bias.unbind(), strict=True)
-    return torch.cat([torch.addmm(b, rows, w) for rows, w, b in layers])
+    out: Tensor = _GroupedLinear.apply(x, weight, bias, shared, groups.sizes)  # type: ignore[no-untyped-call]
+    return out
+
+
+_SLAB = 8
+"""Scenarios whose products with the shared weight are made at once: few enough to stay in the cache until used."""
+
+
+class _GroupedLinear(torch.autograd.Function):
+    # One product per scenario, each written where it belongs. As ordinary operations, S slices, their concatenation,
+    # the stacking of S gradients and the products with the shared weight cost more than the layer when scenarios are
+    # many; torch's grouped_mm is no faster on CPU and takes neither empty batches nor a single output.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shared: Tensor | None, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight, *([] if shared is None else [shared]))
+        ctx.sizes = sizes
+        out = x.new_empty(len(x), weight.shape[2])
+        parts = (each.split_with_sizes(sizes) for each in (x, out))
+        for size, layer, b, rows, place in zip(sizes, _layers(weight, shared), bias.unbind(), *parts, strict=True):
+            if size:
+                torch.addmm(b, rows, layer, out=place)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *rest = ctx.saved_tensors
+        shared: Tensor | None = rest[0] if rest else None
+        of_x, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[::2])
+        of_shared = None if shared is None else torch.zeros_like(shared)
+        stacks = (weight.unbind(), of_weight.unbind(), of_bias.unbind())
+        parts = (each.split_with_sizes(ctx.sizes) for each in (x, of_x, gradient.contiguous()))
+        for size, layer, own, of_own, of_b, rows, of_rows, g in zip(
+            ctx.sizes, _layers(weight, shared), *stacks, *parts, strict=True
+        ):
+            if not size:
+                of_own.zero_()
+                of_b.zero_()
+                continue
+            torch.mm(g, layer.t(), out=of_rows)
+            torch.mm(rows.t(), g, out=of_own)
+            torch.sum(g, 0, out=of_b)
+            if shared is not None and of_shared is not None:
+                of_shared.addcmul_(of_own, own)
+                of_own.mul_(shared)
+        return of_x, of_weight, of_bias, of_shared, None
+
+
+def _layers(weight: Tensor, shared: Tensor | None) -> Iterator[Tensor]:
+    """The weights `[in, out]` of one scenario after the other."""
+    if shared is None:
+        yield from weight.unbind()
+        return
+    for slab in torch.split(weight, _SLAB):
+        yield from (slab * shared).unbind()
 
 
 def stacked_weight(count: int, in_width: int, out_width: int) -> nn.Parameter:
@@ -160,6 +242,24 @@ class ScenarioLinear(nn.Module):
     def forward(self, x: Tensor, groups: ScenarioGroups) -> Tensor:
         """`[B, in]` -> `[B, out]`, both grouped."""
         return grouped_linear(x, self.weight, self.bias, groups)
+
+
+@final
+class StarLinear(nn.Module):
+    """STAR's layer (Sheng et al., 2021, section 3.4): shared weights times the scenario's own, sum of both biases."""
+
+    def __init__(self, scenarios: int, in_width: int, out_width: int) -> None:
+        super().__init__()
+        self.weight = stacked_weight(1, in_width, out_width)
+        self.bias = nn.Parameter(torch.zeros(out_width))
+        self.scenario_weight = nn.Parameter(torch.ones(scenarios, in_width, out_width))
+        self.scenario_bias = nn.Parameter(torch.zeros(scenarios, out_width))
+
+    def forward(self, x: Tensor, groups: ScenarioGroups) -> Tensor:
+        """`[B, in]` -> `[B, out]`, both grouped."""
+        return grouped_linear(
+            x, self.scenario_weight, self.bias + self.scenario_bias, groups, shared=self.weight.squeeze(0)
+        )
 
 
 @final
@@ -190,7 +290,7 @@ class ScenarioExperts(nn.Module):
         self.out_width = widths[-1]
         shapes = list(zip([in_width, *widths], widths, strict=False))
         stacks = [stacked_weight(scenarios * experts, i, o) for i, o in shapes]
-        self.weights = nn.ParameterList(stack.detach().unflatten(0, (scenarios, experts)) for stack in stacks)
+        self.weights = nn.ParameterList(stack.detach().view(scenarios, experts, *stack.shape[1:]) for stack in stacks)
         self.biases = nn.ParameterList(torch.zeros(scenarios, experts, width) for width in widths)
         self.dropouts = nn.ModuleList(Dropout(dropout) for _ in widths)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Rate, Width, Widths
-from msr_dist.models.layers import MLP, Dropout, ScenarioGroups, ScenarioNorm, grouped_linear, stacked_weight
+from msr_dist.models.layers import MLP, Dropout, ScenarioGroups, ScenarioNorm, StarLinear
 from msr_dist.schema import FeatureSchema
 
 
@@ -46,21 +46,6 @@ class Config(BackboneConfig):
     def build(self, schema: FeatureSchema) -> "Star":
         """The network for this schema."""
         return Star(self, schema)
-
-
-class StarLinear(nn.Module):
-    """A linear layer whose weights are the shared ones times the scenario's own, its bias the sum of both."""
-
-    def __init__(self, scenarios: int, in_width: int, out_width: int) -> None:
-        super().__init__()
-        self.weight = stacked_weight(1, in_width, out_width)
-        self.bias = nn.Parameter(torch.zeros(out_width))
-        self.scenario_weight = nn.Parameter(torch.ones(scenarios, in_width, out_width))
-        self.scenario_bias = nn.Parameter(torch.zeros(scenarios, out_width))
-
-    def forward(self, x: Tensor, groups: ScenarioGroups) -> Tensor:
-        """`[B, in]` -> `[B, out]`, both grouped."""
-        return grouped_linear(x, self.weight * self.scenario_weight, self.bias + self.scenario_bias, groups)
 
 
 @final

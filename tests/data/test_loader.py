@@ -151,3 +151,19 @@ def test_labels_and_weights_have_the_schemas_types(folder):
     assert batch.scenario.dtype == batch.row.dtype == torch.int64
     assert batch.ids.lengths().dtype == torch.int64
     assert np.isin(batch.labels.numpy(), [0, 1]).all()
+
+
+def test_ids_of_tables_with_vectors_for_each_scenario(folder):
+    plain = canonical.schema()
+    items = plain.table("items").model_copy(update={"per_scenario": True})
+    own = plain.with_tables({"items": items})
+    source = ParquetSource(folder / "train", own)
+    order = loader(folder).order
+    batch = next(Loader(source, own, order, 0, 1, LoaderConfig()).batches(0, 1))
+    before = next(loader(folder).batches(0, 1))
+    for name in ("user", "tags"):
+        assert torch.equal(batch.ids[name].values(), before.ids[name].values())
+    for name in ("item", "history"):
+        of_row = torch.repeat_interleave(batch.scenario, batch.ids[name].lengths())
+        assert torch.equal(batch.ids[name].values(), before.ids[name].values() * 3 + of_row)
+        assert torch.equal(batch.ids[name].lengths(), before.ids[name].lengths())

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 import msr_dist.models
+from msr_dist.batch import ScenarioBatch
 from msr_dist.config import kind_config
 from msr_dist.models.base import Backbone, Inputs
 from msr_dist.schema import Feature, FeatureSchema, Label, Numeric, Scenario, Table
@@ -71,3 +73,24 @@ def train(model: Backbone, batch: Inputs, steps: int = 3) -> Backbone:
         (model(batch) - batch.row[:, None] % 3).square().mean().backward()
         optimizer.step()
     return model
+
+
+def looked_up(scenario: torch.Tensor) -> tuple[ScenarioBatch, KeyedTensor]:
+    """A batch with one row per entry of `scenario`, and what the tables said about it."""
+    rows = len(scenario)
+    generator = torch.Generator().manual_seed(4)
+    batch = ScenarioBatch(
+        ids=KeyedJaggedTensor(["user", "item"], torch.ones(2 * rows, dtype=torch.int64), torch.ones(2 * rows).long()),
+        numeric=torch.randn(rows, 2, generator=generator),
+        scenario=scenario,
+        labels=torch.zeros(rows, 1),
+        weights=torch.ones(rows, 1),
+        row=torch.arange(rows),
+        rows_per_rank=float(rows),
+    )
+    return batch, KeyedTensor(["user", "item"], [8, 12], torch.randn(rows, 20, generator=generator))
+
+
+def pooled_groups(batch: ScenarioBatch, pooled: KeyedTensor) -> dict[str, torch.Tensor]:
+    """The groups that the head makes of them."""
+    return {"user": pooled["user"], "item": pooled["item"], "context": batch.numeric}

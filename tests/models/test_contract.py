@@ -9,11 +9,26 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
-from backbones import ABSENT, KINDS, SCENARIOS, build, config, inputs, mixed, take, train
+from backbones import (
+    ABSENT,
+    KINDS,
+    SCENARIOS,
+    build,
+    config,
+    inputs,
+    looked_up,
+    mixed,
+    pooled_groups,
+    schema,
+    take,
+    train,
+)
 from pydantic import ValidationError
 from torch import Tensor
 
 from msr_dist.config import kind_config
+from msr_dist.models.base import Inputs
+from msr_dist.recommender import Head
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 
@@ -35,6 +50,9 @@ def test_everything_gets_a_gradient_but_lines_of_absent_scenarios(kind, labels):
         assert (x.grad != 0).any(dim=1).all(), name
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
+        if name.startswith(f"backbones.{ABSENT}."):  # of `single`, which has a whole network for each scenario
+            assert not parameter.grad.any(), name
+            continue
         assert parameter.grad.any(), name
         if len(parameter) == SCENARIOS:
             touched = (parameter.grad != 0).flatten(1).any(dim=1)
@@ -103,6 +121,31 @@ def test_evaluation_changes_nothing(kind):
     before = {name: x.clone() for name, x in model.state_dict().items()}
     model(mixed(30, seed=5))
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_a_scenario_without_training_rows_is_served_by_what_the_others_share(kind):
+    known = [scenario.model_copy(update={"rows": 100 + scenario.id}) for scenario in schema().scenarios]
+    known[ABSENT] = known[ABSENT].model_copy(update={"rows": 0})
+    counted = schema().model_copy(update={"scenarios": tuple(known)})
+    torch.manual_seed(0)
+    backbone = train(config(kind).build(counted), mixed(30))
+    head = Head(counted, backbone).eval()
+    scenario = torch.tensor([ABSENT, 3, ABSENT])
+    batch, pooled = looked_up(scenario)
+    logits = head(pooled, None, batch)[1].logits
+    for name, parameter in backbone.named_parameters():
+        if name.startswith(f"backbones.{ABSENT}."):
+            parameter.data.normal_()
+        elif len(parameter) == SCENARIOS:
+            parameter.data[ABSENT].normal_()
+    assert torch.equal(head(pooled, None, batch)[1].logits, logits)
+    largest = [s for s in range(SCENARIOS - 1, -1, -1) if s != ABSENT][:8]
+    elsewhere = [backbone(Inputs(pooled_groups(batch, pooled), torch.full((3,), s), batch.row)) for s in largest]
+    shares = torch.tensor([100.0 + s for s in largest])
+    expected = (torch.sigmoid(torch.stack(elsewhere)) * (shares / shares.sum())[:, None, None]).sum(0)
+    torch.testing.assert_close(torch.sigmoid(logits)[[0, 2]], expected[[0, 2]])
+    own = backbone(Inputs(pooled_groups(batch, pooled), scenario, batch.row))
+    torch.testing.assert_close(logits[1], own[1])
 
 
 def test_the_seed_decides_the_start(kind):

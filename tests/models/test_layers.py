@@ -3,14 +3,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from msr_dist.models.base import Behaviours
 from msr_dist.models.layers import (
     MLP,
     Dropout,
     Experts,
+    ScenarioExperts,
     ScenarioGroups,
     ScenarioLinear,
     ScenarioNorm,
     ScenarioTower,
+    TargetAttention,
     sum_over_ranks,
 )
 
@@ -241,3 +244,34 @@ class TestScenarioNorm:
 def test_one_process_sums_nothing():
     x = torch.randn(3)
     assert sum_over_ranks(x) is x
+
+
+def test_target_attention_is_the_papers_sum_over_behaviours():
+    torch.manual_seed(0)
+    unit = TargetAttention(3, (5,))
+    vectors, target = torch.randn(2, 4, 3), torch.randn(2, 3)
+    present = torch.tensor([[True, True, False, False], [False] * 4])
+    vectors = vectors * present[:, :, None]
+    out = unit(Behaviours(vectors, present, target), torch.arange(2))
+    expected = torch.zeros(3)
+    for v in vectors[0, :2]:
+        asked = torch.cat([v, target[0], v - target[0], v * target[0]])
+        expected += unit.last(torch.relu(unit.mlp.linears[0](asked))) * v
+    torch.testing.assert_close(out[0], expected)
+    assert out[1].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_scenario_experts_run_a_row_through_its_own_scenarios_experts():
+    torch.manual_seed(0)
+    experts = ScenarioExperts(3, 2, 4, (5, 6), dropout=0.0)
+    for bias in experts.biases:
+        torch.nn.init.normal_(bias)
+    x, scenario = torch.randn(7, 4), torch.tensor([2, 0, 2, 2, 0, 0, 2])
+    groups = ScenarioGroups.of(scenario, 3)
+    hidden = groups.restore(experts(groups.group(x), torch.arange(7), groups))
+    for row, s in enumerate(scenario.tolist()):
+        for e in range(2):
+            h = x[row]
+            for weight, bias in zip(experts.weights, experts.biases, strict=True):
+                h = torch.relu(h @ weight[s, e] + bias[s, e])
+            torch.testing.assert_close(hidden[row, e], h)
