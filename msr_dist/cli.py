@@ -81,6 +81,9 @@ def prepare(kind: str, out: Path, settings: tuple[str, ...], config: Path | None
     KIND is the source:
       synthetic  planted data whose best possible AUC is known
       movielens  MovieLens-1M, the publisher's zip or folder; three age groups as scenarios
+      kuairand   KuaiRand (Pure, 1K, 27K), the publisher's folder; tabs of the app as scenarios
+      mind       MIND news, the publisher's train and dev folders; news categories as scenarios
+      amazon     Amazon reviews (2014, 2018, 2023), the publisher's JSON files; categories as scenarios
       table      your own parquet or CSV logs, described by a TOML file
     OUT is the folder to write.
 
@@ -88,6 +91,7 @@ def prepare(kind: str, out: Path, settings: tuple[str, ...], config: Path | None
     Examples:
       msr-dist prepare synthetic data/quickstart rows=600000 scenarios=5
       msr-dist prepare movielens data/ml-1m raw=ml-1m.zip split.kind=random
+      msr-dist prepare kuairand data/kuairand raw=KuaiRand-1K tabs=[0,1,2] split.kind=random
       msr-dist prepare table data/mine --config jobs/configs/prepare-table.toml
     """
     from msr_dist.config import kind_config, load, merge, parse
@@ -137,7 +141,7 @@ def train(
         run.claim_folder()
     _everywhere(train_run, run, launcher, workers, restarts)
     if is_first():
-        _show(run, "test", config)
+        _show(run, run.evaluation.final, config)
 
 
 @main.command()

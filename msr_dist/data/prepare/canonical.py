@@ -132,7 +132,7 @@ def _build(config: PrepareConfig, scratch: Path, out: Path, progress: Progress) 
         write_vocabularies(database, plan, folder)
         progress("encoding")
         numerics = encode(database, plan)
-        schema = _schema(config, plan, tables, numerics)
+        schema = _schema(config, plan, tables, numerics, [of_scenario[0] for of_scenario in counts])
         schema.save(folder)
         tallies = {}
         for place, split in enumerate(SPLITS):
@@ -142,7 +142,11 @@ def _build(config: PrepareConfig, scratch: Path, out: Path, progress: Progress) 
             rows = sum(of_scenario[place] for of_scenario in counts)
             write_split(folder / split, arrow_schema(plan), batches, rows, config.row_group_rows, config.rows_per_file)
         config.finish(database, raw, folder)
-        warnings = (*null_warnings(database, plan), *(w for name, each in tallies.items() for w in each.warnings(name)))
+        warnings = (
+            *raw.notes,
+            *null_warnings(database, plan),
+            *(w for name, each in tallies.items() for w in each.warnings(name)),
+        )
     (folder / "prepare.toml").write_text(dump(config))
     return PrepareReport(
         out=out,
@@ -155,12 +159,17 @@ def _build(config: PrepareConfig, scratch: Path, out: Path, progress: Progress) 
     )
 
 
-def _schema(config: PrepareConfig, plan: Plan, tables: dict[str, int], numerics: tuple[Numeric, ...]) -> FeatureSchema:
+def _schema(
+    config: PrepareConfig, plan: Plan, tables: dict[str, int], numerics: tuple[Numeric, ...], train_rows: list[int]
+) -> FeatureSchema:
     features = [{"name": f.name, "table": f.table, "group": f.group, "pooling": f.pooling} for f in plan.features]
     if plan.history:
         name, group, pooling = plan.history.name, plan.history.group, plan.history.pooling
         features.append({"name": name, "table": plan.item.table, "group": group, "pooling": pooling})
-    scenarios = [{"id": place, "name": s.name, "text": s.text} for place, s in enumerate(plan.raw.scenarios)]
+    scenarios = [
+        {"id": place, "name": s.name, "text": s.text, "rows": rows}
+        for place, (s, rows) in enumerate(zip(plan.raw.scenarios, train_rows, strict=True))
+    ]
     found = {
         "user": plan.user.name,
         "item": plan.item.name,

@@ -92,6 +92,11 @@ def is_integer(kind: str) -> bool:
     return kind.removeprefix("U") in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
 
 
+def is_float(kind: str) -> bool:
+    """Whether a DuckDB type is one of the floats."""
+    return kind in ("FLOAT", "DOUBLE")
+
+
 def is_number(kind: str) -> bool:
     """Whether a DuckDB type is a number."""
-    return is_integer(kind) or kind in ("FLOAT", "DOUBLE") or kind.startswith("DECIMAL")
+    return is_integer(kind) or is_float(kind) or kind.startswith("DECIMAL")

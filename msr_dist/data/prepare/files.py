@@ -1,7 +1,8 @@
 """A user's own parquet or CSV files as a view of the database, checked before the work and located in messages."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from glob import glob
 from itertools import accumulate
 from pathlib import Path
@@ -17,15 +18,37 @@ PARQUET = (".parquet", ".pq")
 CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 OTHER_DELIMITERS = (",", ";", "\t", "|")
 """What to look for in a header that has not the delimiter that was given."""
+IS_TEXT = "give parquet if the column is text: its first rows do not show it"
 REJECTS = ", store_rejects = true, rejects_limit = 100"
 """Options of DuckDB's reader: go on after bad lines, and list them."""
 
 
-def open_files(database: Database, view: str, patterns: Sequence[str], key: str, delimiter: str = ",") -> Relation:
+@dataclass(frozen=True)
+class Layout:
+    """How CSV files are written, where their own text does not say so."""
+
+    delimiter: str = ","
+    names: tuple[str, ...] = ()
+    """The columns of files that have no header."""
+    types: Mapping[str, str] = field(default_factory=dict)
+    """Column -> DuckDB type; those of other columns are found in the first rows."""
+    quotes: bool = True
+    """Whether fields may stand in quotes; otherwise a quote is a letter like any other."""
+
+
+def open_files(
+    database: Database,
+    view: str,
+    patterns: Sequence[str],
+    key: str,
+    delimiter: str = ",",
+    layout: Layout | None = None,
+) -> Relation:
     """A view over the files that `patterns` (paths or globs) name; `key` is the configuration's, for messages.
 
-    `delimiter` separates the fields of .csv files; those of .tsv files are separated by tabs.
+    `delimiter` separates the fields of .csv files; those of .tsv files are separated by tabs. `layout` says more.
     """
+    layout = layout or Layout(delimiter)
     files = _find(patterns, key)
     if all(file.name.endswith(PARQUET) for file in files):
         return _open_parquet(database, view, files)
@@ -33,7 +56,7 @@ def open_files(database: Database, view: str, patterns: Sequence[str], key: str,
         tabs = [".tsv" in file.suffixes[-2:] for file in files]
         if any(tabs) and not all(tabs):
             raise ValueError(f"{key}: some of the files are .tsv and some .csv; give files of one kind")
-        return _open_csv(database, view, files, "\t" if any(tabs) else delimiter)
+        return _open_csv(database, view, files, replace(layout, delimiter="\t") if any(tabs) else layout)
     endings = ", ".join(sorted({file.suffix or file.name for file in files}))
     raise ValueError(f"{key}: files end in {endings}; give either parquet (.parquet) or CSV (.csv, .tsv, .csv.gz)")
 
@@ -81,27 +104,46 @@ def _open_parquet(database: Database, view: str, files: Sequence[Path]) -> Relat
     return Relation(view, _where(files), database.types(view), locate, lambda: _damaged_group(files))
 
 
-def _open_csv(database: Database, view: str, files: Sequence[Path], delimiter: str) -> Relation:
-    _same_columns(files, {file: _header(database, file, delimiter) for file in files})
-    source = _read_csv(files, delimiter)
+def _open_csv(database: Database, view: str, files: Sequence[Path], layout: Layout) -> Relation:
+    _same_columns(files, headers := {file: _header(database, file, layout) for file in files})
+    # DuckDB refuses types of columns that are not there; whoever uses them says so better.
+    layout = replace(layout, types={name: kind for name, kind in layout.types.items() if name in headers[files[0]]})
+    source = _read_csv(files, layout)
     # Numbering in the order of the text needs one thread; the parser itself stays the slower part.
     _view(database, view, f"SELECT *, row_number() OVER () - 1 AS {ROW} FROM {source}", _where(files))
     try:
         rows = database.row(f"SELECT count(*) FROM (SELECT 1 FROM {quoted(view)} LIMIT 1)")[0]
     except duckdb.Error as error:
-        raise ValueError(_csv_fault(database, files, delimiter) or f"{_where(files)}: {first_line(error)}") from None
+        raise ValueError(_csv_fault(database, files, layout) or f"{_where(files)}: {first_line(error)}") from None
     if not rows:
         raise ValueError(f"{_where(files)}: no rows in there; give files with rows")
 
     def locate(row: int) -> str:
         for file in files:
-            held = database.row(f"SELECT count(*) FROM {_read_csv([file], delimiter)}")[0]
+            held = database.row(f"SELECT count(*) FROM {_read_csv([file], layout)}")[0]
             if row < held:
-                return f"{file}, row {row}"
+                # Without quotes, no field goes over several lines.
+                return f"{file}, row {row}" if layout.quotes else f"{file}, line {row + 1 + (not layout.names)}"
             row -= held
         raise AssertionError("the row is beyond the files")
 
-    return Relation(view, _where(files), database.types(view), locate, lambda: _csv_fault(database, files, delimiter))
+    return Relation(view, _where(files), database.types(view), locate, lambda: _csv_fault(database, files, layout))
+
+
+def without(
+    database: Database, relation: Relation, view: str, column: str, values: Collection[int | str]
+) -> tuple[Relation, int]:
+    """`relation` less the rows whose `column` holds one of `values`, as the view `view`; and how many those are."""
+    if not values:
+        return relation, 0
+    listed = ", ".join(text(value) if isinstance(value, str) else str(value) for value in values)
+    among = f"coalesce({quoted(column)} IN ({listed}), false)"
+    database.execute(f"CREATE VIEW {quoted(view)} AS SELECT * FROM {quoted(relation.view)} WHERE NOT {among}")
+    try:
+        (left_out,) = database.row(f"SELECT count(*) FROM {quoted(relation.view)} WHERE {among}")
+    except duckdb.Error as error:
+        raise explain(error, [relation]) from None
+    return replace(relation, view=view), left_out
 
 
 def explain(error: Exception, relations: Iterable[Relation]) -> ValueError:
@@ -122,15 +164,22 @@ def _damaged_group(files: Sequence[Path]) -> str | None:
     return None
 
 
-def _read_csv(files: Sequence[Path], delimiter: str, more: str = "") -> str:
+def _read_csv(files: Sequence[Path], layout: Layout, more: str = "") -> str:
     """SQL that reads CSV files: everything about the dialect is settled, so that a bad line cannot make it another."""
-    dialect = "quote = '\"', escape = '\"', comment = '', header = true, skip = 0"
-    return f"read_csv({_list(files)}, delim = {text(delimiter)}, {dialect}{more})"
+    quote = text('"' if layout.quotes else "")
+    dialect = f"delim = {text(layout.delimiter)}, quote = {quote}, escape = {quote}, comment = '', skip = 0"
+    dialect += f", header = {not layout.names}"
+    if layout.names:
+        dialect += f", names = [{', '.join(map(text, layout.names))}]"
+    if layout.types:
+        types = ", ".join(f"{text(name)}: {text(kind)}" for name, kind in layout.types.items())
+        dialect += f", types = {{{types}}}"
+    return f"read_csv({_list(files)}, {dialect}{more})"
 
 
-def _csv_fault(database: Database, files: Sequence[Path], delimiter: str) -> str | None:
+def _csv_fault(database: Database, files: Sequence[Path], layout: Layout) -> str | None:
     """The first line of CSV files that cannot be read: file, line, what is wrong and what to do."""
-    source = _read_csv(files, delimiter, REJECTS)
+    source = _read_csv(files, layout, REJECTS)
     try:
         with database.single_threaded():  # With several threads, the limit might be spent on later lines.
             database.rows(f"SELECT count(COLUMNS(*)) FROM {source}")
@@ -152,7 +201,7 @@ def _csv_fault(database: Database, files: Sequence[Path], delimiter: str) -> str
         "UNQUOTED VALUE": ("a quote that is not closed", "close it; a quote within a field is written twice"),
         "CAST": (
             str(message).removeprefix("Error when converting ").replace(". Could", ": could"),
-            "correct it, or give parquet if the column is text: its first rows do not show it",
+            "correct it" + ("" if str(column) in layout.types else f", or {IS_TEXT}"),
         ),
         "INVALID ENCODING": ("it is not UTF-8", "write the file in UTF-8"),
     }.get(str(kind), (first_line(Exception(message)), "correct it"))
@@ -168,18 +217,20 @@ def _footer(file: Path) -> pq.FileMetaData:
         raise ValueError(message) from None
 
 
-def _header(database: Database, file: Path, delimiter: str) -> list[str]:
+def _header(database: Database, file: Path, layout: Layout) -> list[str]:
     names: list[str] = []
+    layout = replace(layout, types={})
+    delimiter = layout.delimiter
     try:
         # First without regard to bad lines: with the wrong delimiter, all lines may be bad.
         for more in (REJECTS, ""):
-            names = [row[0] for row in database.rows(f"DESCRIBE SELECT * FROM {_read_csv([file], delimiter, more)}")]
+            names = [row[0] for row in database.rows(f"DESCRIBE SELECT * FROM {_read_csv([file], layout, more)}")]
             other = next((other for other in OTHER_DELIMITERS if len(names) == 1 and other in names[0]), None)
             if other:
                 where = f"{file}: the header {names[0]!r}"
                 raise ValueError(f"{where} has no delimiter {delimiter!r}; set delimiter={other!r}")
     except duckdb.Error:
-        fault = _csv_fault(database, [file], delimiter)
+        fault = _csv_fault(database, [file], layout)
         advice = "it needs a header, as many fields in each line, and closed quotes"
         raise ValueError(fault or f"{file}: not CSV with the delimiter {delimiter!r}; {advice}") from None
     return names

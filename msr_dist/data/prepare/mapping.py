@@ -18,11 +18,20 @@ source = "items"
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from datetime import UTC, datetime
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from msr_dist.config import Config
+
+Moment = Annotated[
+    datetime,
+    # Of pydantic's own, the strict kind takes no dates.
+    BeforeValidator(lambda value: datetime.fromisoformat(value) if isinstance(value, str) else value),
+    AfterValidator(lambda moment: moment if moment.tzinfo else moment.replace(tzinfo=UTC)),
+]
+"""A date (its first second) or a date with time, such as 2022-05-01T00:00:00+08:00; without an offset, it is UTC."""
 
 SourceName = Literal["interactions", "users", "items"]
 GROUPS = {"interactions": "context", "users": "user", "items": "item"}
@@ -45,7 +54,7 @@ class LabelColumn(Config):
 
 
 class IdColumn(Config):
-    """A categorical feature: integers or text, each value a row of a table."""
+    """A categorical feature: integers (whole numbers stored as floats as well) or text, each value a row of a table."""
 
     name: str = Field(min_length=1)
     column: str | None = None
@@ -134,6 +143,10 @@ class Split(Config):
     """By time; by a hash of row number and seed; or as a raw column says, with train, valid and test in it."""
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of train, valid and test."""
+    valid_from: Moment | None = None
+    """With kind "time", where validation begins, in place of a share; belongs with `test_from`."""
+    test_from: Moment | None = None
+    """Where the test rows begin. Both moments are the same for all scenarios."""
     cutoff: Literal["scenario", "global"] = "scenario"
     """Where the cuts in time are: per scenario, so that each has its share of rows in each split, or the same moment
     for all. Per-scenario cuts let training rows of one scenario be later than test rows of another: right for models
@@ -149,6 +162,13 @@ class Split(Config):
             raise ValueError(f"fractions must be positive and sum to 1 (got {list(self.fractions)})")
         if (self.kind == "column") != (self.column is not None):
             raise ValueError('column belongs to kind = "column", and is needed there')
+        if (self.valid_from is None) != (self.test_from is None):
+            raise ValueError("valid_from and test_from belong together; give both, or fractions alone")
+        if self.valid_from and self.test_from:
+            if self.kind != "time":
+                raise ValueError('valid_from and test_from belong to kind = "time"')
+            if self.valid_from >= self.test_from:
+                raise ValueError(f"valid_from ({self.valid_from}) must be earlier than test_from ({self.test_from})")
         return self
 
 
@@ -188,6 +208,8 @@ class Raw:
     items: Relation | None = None
     carry: tuple[str, ...] = ()
     """Raw columns of the interactions that the source wants to see again when the splits are known."""
+    notes: tuple[str, ...] = ()
+    """What the user should know, such as how many rows were left out at their wish."""
 
     def relation(self, source: SourceName) -> Relation | None:
         """The relation called `source`, if the data have it."""

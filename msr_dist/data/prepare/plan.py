@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from msr_dist.data.prepare.database import is_integer, is_number
+from msr_dist.data.prepare.database import is_float, is_integer, is_number
 from msr_dist.data.prepare.files import column_type
 from msr_dist.data.prepare.mapping import GROUPS, Columns, History, IdColumn, ListColumn, Raw, Relation, SourceName
 from msr_dist.schema import Label
@@ -27,6 +27,8 @@ class PlannedFeature:
     """Where the configuration says so, for messages."""
     pooling: Literal["sum", "mean"] | None = None
     separator: str | None = None
+    whole: bool = False
+    """Whether the raw column holds floats, which have to be whole numbers."""
     type: str = "BIGINT"
     """DuckDB type of one id: BIGINT or VARCHAR, the same for all features of a table."""
 
@@ -190,12 +192,15 @@ def relation_of(raw: Raw, source: SourceName, key: str) -> Relation:
 
 def _typed(raw: Raw, features: Sequence[PlannedFeature]) -> list[PlannedFeature]:
     """With one type per table: integers if all its columns hold integers, else text."""
+    kinds: dict[PlannedFeature, str] = {}
     integers: dict[str, bool] = defaultdict(lambda: True)
     for feature in features:
-        integers[feature.table] &= is_integer(_id_type(raw, feature))
+        kinds[feature] = _id_type(raw, feature)
+        integers[feature.table] &= is_integer(kinds[feature]) or is_float(kinds[feature])
     for source, entity in (("users", features[0]), ("items", features[1])):
         integers[entity.table] &= _key_is_integer(raw, "users" if source == "users" else "items")
-    return [replace(each, type="BIGINT" if integers[each.table] else "VARCHAR") for each in features]
+    types = {True: "BIGINT", False: "VARCHAR"}
+    return [replace(each, type=types[integers[each.table]], whole=is_float(kinds[each])) for each in features]
 
 
 def _key_is_integer(raw: Raw, source: SourceName) -> bool:
@@ -213,6 +218,9 @@ def _id_type(raw: Raw, feature: PlannedFeature) -> str:
     relation = relation_of(raw, feature.source, feature.key)
     kind = column_type(relation, feature.column, feature.key)
     if feature.pooling is None:
+        # Where some are null, pandas writes integers as floats.
+        if is_float(kind) and feature.key not in ("columns.user", "columns.item"):
+            return kind
         _expect_id(relation, feature.column, kind, feature.key)
         return kind
     where = f"{relation.where}: column {feature.column!r} is {kind} ({feature.key})"

@@ -1,5 +1,7 @@
 """Where each split begins: cuts in time per scenario, at the quantiles, without parting rows of the same moment."""
 
+import math
+
 from msr_dist.data.prepare.database import Database
 from msr_dist.data.prepare.mapping import ScenarioValue, Split
 from msr_dist.schema import SPLITS
@@ -11,7 +13,7 @@ def assign_splits(database: Database, split: Split, scenarios: tuple[ScenarioVal
     Raises ValueError where a split would have no rows at all.
     """
     if split.kind == "time":
-        _cut(database, split, len(scenarios))
+        _cut(database, *(_given(split, len(scenarios)) or _at_shares(database, split, len(scenarios))))
     else:
         database.execute("CREATE VIEW events AS SELECT * FROM staged")
     rows = [[0] * len(SPLITS) for _ in scenarios]
@@ -21,12 +23,24 @@ def assign_splits(database: Database, split: Split, scenarios: tuple[ScenarioVal
         if not sum(counts[place] for counts in rows):
             found = ", ".join(f"{other} {sum(c[i] for c in rows)}" for i, other in enumerate(SPLITS))
             advice = "give more rows or other split.fractions; rows with equal times stay together"
+            if split.test_from:
+                advice = "give other moments (split.valid_from, split.test_from)"
             raise ValueError(f"no rows left in the {name} split ({found}); {advice}")
     return rows
 
 
-def _cut(database: Database, split: Split, scenarios: int) -> None:
-    """All rows of one moment go where their middle row belongs, so the shares are met as nearly as they can be."""
+def _given(split: Split, scenarios: int) -> tuple[list[int], list[int]] | None:
+    """The first seconds of validation and of test, per scenario, where the configuration says when."""
+    if split.valid_from is None or split.test_from is None:
+        return None
+    return [math.ceil(split.valid_from.timestamp())] * scenarios, [math.ceil(split.test_from.timestamp())] * scenarios
+
+
+def _at_shares(database: Database, split: Split, scenarios: int) -> tuple[list[int], list[int]]:
+    """The same by shares of the rows.
+
+    All rows of one moment go where their middle row belongs, so the shares are met as nearly as they can be.
+    """
     part = "scenario" if split.cutoff == "scenario" else "0"
     first, second = split.fractions[0], split.fractions[0] + split.fractions[1]
     middle = "(2 * sum(n) OVER (PARTITION BY part ORDER BY time) - n) / (2 * sum(n) OVER (PARTITION BY part))"
@@ -38,13 +52,12 @@ def _cut(database: Database, split: Split, scenarios: int) -> None:
     )
     never = (1 << 63) - 1
     begins = {part: [never if cut is None else cut for cut in both] for part, *both in cuts}
-    valid, test = (
-        [
-            begins.get(scenario if split.cutoff == "scenario" else 0, [never, never])[place]
-            for scenario in range(scenarios)
-        ]
-        for place in (0, 1)
-    )
+    parts = [scenario if split.cutoff == "scenario" else 0 for scenario in range(scenarios)]
+    valid, test = ([begins.get(part, [never, never])[place] for part in parts] for place in (0, 1))
+    return valid, test
+
+
+def _cut(database: Database, valid: list[int], test: list[int]) -> None:
     database.execute(
         "CREATE VIEW events AS SELECT *, CAST(CASE "
         f"WHEN time < ({valid}::BIGINT[])[scenario + 1] THEN 0 WHEN time < ({test}::BIGINT[])[scenario + 1] THEN 1 "

@@ -24,6 +24,7 @@ def stage(database: Database, plan: Plan, split: Split) -> None:
     sides: list[SourceName] = [source for source in ("users", "items") if raw.relation(source)]
     columns = _interaction_columns(plan, split)
     try:
+        _expect_whole(database, plan)
         _scenario_table(database, plan)
         database.execute(
             f"CREATE TABLE staged AS SELECT {', '.join(columns)} FROM {quoted(raw.interactions.view)} r "
@@ -36,6 +37,20 @@ def stage(database: Database, plan: Plan, split: Split) -> None:
     _check_interactions(database, plan, split)
     for source in sides:
         _check_side(database, plan, source)
+
+
+def _expect_whole(database: Database, plan: Plan) -> None:
+    """Checked on the raw rows: a cast to integers would round."""
+    for source in ("interactions", "users", "items"):
+        relation = plan.raw.relation(source)
+        floats = [each for each in plan.features if each.source == source and each.whole]
+        if relation and floats:
+            wrong = "{0} <> floor({0}) AND NOT isnan({0}) OR isinf({0})"
+            what, advice = "an id that is no whole number", "round it, or list the column under columns.numerics"
+            checks = [
+                (wrong.format(quoted(each.column)), each.column, f"{what} ({each.key})", advice) for each in floats
+            ]
+            _check(database, relation.view, relation, checks, ROW)
 
 
 def _interaction_columns(plan: Plan, split: Split) -> list[str]:
@@ -59,11 +74,17 @@ def _feature(feature: PlannedFeature) -> str:
     column = f"r.{quoted(feature.column)}"
     if feature.separator is not None:
         return f"list_filter(string_split({column}, {text(feature.separator)}), lambda x: x <> '')"
+    if feature.whole:
+        return f"CAST(CAST({_known(column)} AS BIGINT) AS {feature.type})"
     return f"CAST({column} AS {feature.type}{'[]' if feature.pooling else ''})"
 
 
 def _number(column: str) -> str:
-    value = f"CAST(r.{quoted(column)} AS DOUBLE)"
+    return _known(f"CAST(r.{quoted(column)} AS DOUBLE)")
+
+
+def _known(value: str) -> str:
+    """A missing number often comes as NaN."""
     return f"CASE WHEN isnan({value}) THEN NULL ELSE {value} END"
 
 
@@ -86,9 +107,8 @@ def _label(relation: Relation, label: LabelColumn, place: int) -> list[tuple[str
     """Columns label:i (0 and 1 if right, null if unknown), mask:i and weight:i."""
     key = f"columns.labels.{place}"
     column = label.column or label.name
-    # A missing number often comes as NaN, which DuckDB takes as greater than any threshold.
-    number = f"CAST({_numeric(relation, column, key)} AS DOUBLE)"
-    value = f"CASE WHEN isnan({number}) THEN NULL ELSE {number} END"
+    # DuckDB takes NaN as greater than any threshold.
+    value = _known(f"CAST({_numeric(relation, column, key)} AS DOUBLE)")
     value = value if label.above is None else f"CAST({value} > {label.above} AS DOUBLE)"
     named = []
     if label.mask:
@@ -218,13 +238,13 @@ def _check_side(database: Database, plan: Plan, source: SourceName) -> None:
         raise ValueError(f"{where}: {twice[0][0]!r} stands there a second time; give each of the {source} one row")
 
 
-def _check(database: Database, table: str, relation: Relation, checks: Sequence[_Check]) -> None:
-    """One pass over `table` for all checks; ValueError for the first that finds rows."""
-    parts = [f"count(*) FILTER ({wrong}), min(row) FILTER ({wrong})" for wrong, *_ in checks]
-    found = database.row(f"SELECT {', '.join(parts)} FROM {table}")
-    for (_, column, what, advice), count, row in zip(checks, found[::2], found[1::2], strict=True):
+def _check(database: Database, table: str, relation: Relation, checks: Sequence[_Check], row: str = "row") -> None:
+    """One pass over `table`, with row numbers in `row`, for all checks; ValueError for the first that finds rows."""
+    parts = [f"count(*) FILTER ({wrong}), min({row}) FILTER ({wrong})" for wrong, *_ in checks]
+    found = database.row(f"SELECT {', '.join(parts)} FROM {quoted(table)}")
+    for (_, column, what, advice), count, first in zip(checks, found[::2], found[1::2], strict=True):
         if count:
-            view = f"SELECT {quoted(column)} FROM {quoted(relation.view)} WHERE {ROW} = {row}"
+            view = f"SELECT {quoted(column)} FROM {quoted(relation.view)} WHERE {ROW} = {first}"
             value = database.row(view)[0]
-            where = f"{relation.locate(row)}, column {column!r}"
+            where = f"{relation.locate(first)}, column {column!r}"
             raise ValueError(f"{where}: {what}, {value!r}, here and in {count - 1} more rows; {advice}")

@@ -11,7 +11,7 @@ import pytest
 from msr_dist.config import parse
 from msr_dist.data.prepare import canonical
 from msr_dist.data.prepare.canonical import prepare
-from msr_dist.data.prepare.mapping import ScenarioValue
+from msr_dist.data.prepare.mapping import ScenarioValue, Split
 from msr_dist.data.prepare.report import PrepareReport
 from msr_dist.data.prepare.table import Config
 from msr_dist.schema import SPLITS, FeatureSchema
@@ -682,3 +682,99 @@ def test_ids_of_text_are_compared_as_text(tmp_path: Path) -> None:
 def test_the_configuration_is_kept_beside_the_data(tmp_path: Path) -> None:
     run(tmp_path, write(tmp_path, log()))
     assert "log.parquet" in (tmp_path / "out" / "prepare.toml").read_text()
+
+
+@pytest.mark.parametrize("begins", [(1500, 1700), (1500.5, 1700.5)])
+def test_split_at_given_moments(tmp_path: Path, begins: tuple[float, float]) -> None:
+    raw = log()
+    names = ("valid_from", "test_from")
+    split = {
+        name: datetime.datetime.fromtimestamp(begin, datetime.UTC).isoformat()
+        for name, begin in zip(names, begins, strict=True)
+    }
+    run(tmp_path, write(tmp_path, raw), split=split)
+    when, scenarios = np.asarray(raw["when"]), np.asarray(raw["page"])
+    for place, (first, last) in enumerate([(0, begins[0]), begins, (begins[1], 10**9)]):
+        table = read(tmp_path / "out", SPLITS[place])
+        chosen = (when >= first) & (when < last)
+        assert sorted(table["time"].to_pylist()) == sorted(when[chosen].tolist())
+        for scenario, name in enumerate("abc"):
+            assert (table["scenario"].to_numpy() == scenario).sum() == (chosen & (scenarios == name)).sum()
+
+
+def test_a_moment_is_a_date_or_has_an_offset_or_is_of_utc() -> None:
+    found = [
+        Split.model_validate_json(f'{{"valid_from": "{text}", "test_from": "2022-06-01"}}', strict=True).valid_from
+        for text in ("2022-05-01", "2022-05-01 00:00:00", "2022-05-01T08:00:00+08:00")
+    ]
+    assert found == [datetime.datetime(2022, 5, 1, tzinfo=datetime.UTC)] * 3
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ({"valid_from": "2022-05-01"}, "belong together"),
+        ({"valid_from": "2022-05-01", "test_from": "2022-05-01"}, "must be earlier"),
+        ({"valid_from": "May", "test_from": "2022-05-01"}, "valid_from: .*'May'"),
+        ({"kind": "random", "valid_from": "2022-05-01", "test_from": "2022-05-02"}, "belong to kind"),
+    ],
+)
+def test_moments_that_make_no_split(tmp_path: Path, split: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, "log.parquet", split=split)
+
+
+def test_no_rows_left_after_a_moment(tmp_path: Path) -> None:
+    split = {"valid_from": "2022-05-01", "test_from": "2022-05-02"}
+    refused(tmp_path, write(tmp_path, log()), "no rows left in the valid split", "split.valid_from", split=split)
+
+
+def test_keeping_some_scenarios(tmp_path: Path) -> None:
+    raw = log()
+    report = run(tmp_path, write(tmp_path, raw), keep=["c", "a"])
+    pages = list(raw["page"])  # type: ignore[call-overload]
+    assert [scenario.name for scenario in FeatureSchema.read(tmp_path / "out").scenarios] == ["a", "c"]
+    assert sum(report.rows.values()) == pages.count("a") + pages.count("c")
+    assert f"{pages.count('b'):,} rows left out (keep): those of scenario b" in report.warnings[0]
+
+
+def test_keeping_scenarios_of_a_file_of_integers(tmp_path: Path) -> None:
+    raw = log()
+    raw["page"] = ["abc".index(page) + 7 for page in raw["page"]]  # type: ignore[attr-defined]
+    names = write(tmp_path, {"scenario_id": [9, 8, 7], "name": ["C", "B", "A"]}, "names.parquet")
+    run(tmp_path, write(tmp_path, raw), keep=[7, 9], scenarios=[names])
+    assert [scenario.name for scenario in FeatureSchema.read(tmp_path / "out").scenarios] == ["C", "A"]
+
+
+def test_kept_scenarios_are_there_and_null_ones_are_refused(tmp_path: Path) -> None:
+    raw = log()
+    refused(tmp_path, write(tmp_path, raw), "keep: there is no scenario 'd'", "'a', 'b', 'c'", keep=["d"])
+    raw["page"] = [None, *raw["page"][1:]]  # type: ignore[index]
+    refused(tmp_path, write(tmp_path, raw), "row 0", "an unknown scenario, None", keep=["a"])
+
+
+def test_keeping_some_scenarios_does_not_hide_unknown_ones(tmp_path: Path) -> None:
+    names = write(tmp_path, {"scenario_id": ["a", "c"], "name": ["A", "C"]}, "names.parquet")
+    words = ("column 'page'", "an unknown scenario, 'b'")
+    refused(tmp_path, write(tmp_path, log()), *words, keep=["a"], scenarios=[names])
+
+
+def test_whole_numbers_stored_as_floats_are_ids(tmp_path: Path) -> None:
+    raw = log()
+    hours = np.asarray(raw["hour"])
+    run(tmp_path, write(tmp_path, raw))
+    whole = read(tmp_path / "out", "train")
+    (tmp_path / "floats").mkdir()
+    run(tmp_path / "floats", write(tmp_path, raw | {"hour": hours.astype(float)}))
+    assert read(tmp_path / "floats/out", "train").equals(whole)
+    (tmp_path / "gaps").mkdir()
+    gaps = [None if hour == 3 else float("nan") if hour == 4 else float(hour) for hour in hours]
+    run(tmp_path / "gaps", write(tmp_path, raw | {"hour": gaps}))
+    table = read(tmp_path / "gaps/out", "train")
+    known = vocabulary(tmp_path / "out", "hour")
+    assert ((table["hour"].to_numpy() == 0) == np.isin(whole["hour"].to_numpy(), [known[3], known[4]])).all()
+    for wrong in (2.5, float("inf")):
+        raw["hour"] = [wrong if row == 17 else float(hour) for row, hour in enumerate(hours)]
+        words = ("row 17", "column 'hour'", "no whole number", str(wrong), "columns.numerics")
+        (tmp_path / "refused").mkdir(exist_ok=True)
+        refused(tmp_path / "refused", write(tmp_path, raw), *words)
