@@ -1,6 +1,7 @@
 """Whole runs through the command, under every launcher, broken off and gone on with."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,17 @@ def test_two_processes_do_not_train_one_run(tmp_path, data):
     first.kill()
     first.communicate(timeout=30)
     assert command.call("train", config, "--workers", 2).returncode == 0
+
+
+def test_a_run_that_is_judged_on_the_valid_split_never_opens_the_test_split(tmp_path):
+    data = canonical.write(tmp_path / "data", rows=3000)
+    shutil.rmtree(data / "test")
+    done = command.call("train", command.write_config(tmp_path, data), "evaluation.final=valid")
+    assert done.returncode == 0, done.stderr
+    assert "run: valid split" in done.stdout
+    report = json.loads((tmp_path / "runs/run/metrics-valid.json").read_text())
+    assert report["overall"]["rows"] == 750
+    assert not (tmp_path / "runs/run/metrics.json").exists()
 
 
 def test_evaluate_under_torchrun_shows_one_table(tmp_path, data):
