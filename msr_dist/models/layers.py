@@ -149,7 +149,27 @@ class ScenarioGroups:
 
     def sums(self, x: Tensor) -> Tensor:
         """`x` `[B, D]`, grouped -> `[S, D]` fp64: the sum over each scenario's rows."""
-        return torch.stack([rows.sum(0, dtype=torch.float64) for rows in x.split_with_sizes(self.sizes)])
+        sums: Tensor = _GroupedSums.apply(x, self.scenario, self.sizes)  # type: ignore[no-untyped-call]
+        return sums
+
+
+class _GroupedSums(torch.autograd.Function):
+    # As ordinary operations, S sums and their stacking cost more than the additions when scenarios are many.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scenario: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(scenario)
+        ctx.dtype = x.dtype
+        out = x.new_zeros(len(sizes), x.shape[1], dtype=torch.float64)
+        for size, rows, place in zip(sizes, x.split_with_sizes(sizes), out.unbind(), strict=True):
+            if size:
+                torch.sum(rows, 0, dtype=torch.float64, out=place)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (scenario,) = ctx.saved_tensors
+        return gradient.to(ctx.dtype).index_select(0, scenario), None, None
 
 
 def grouped_linear(
