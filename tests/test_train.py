@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 import canonical
 import command
+from msr_dist.schema import FeatureSchema, Scenario
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 
@@ -240,3 +243,60 @@ def test_metrics_cover_every_row_of_the_test_split(tmp_path, data):
     again = json.loads((tmp_path / "runs/run/metrics.json").read_text())
     assert again["overall"]["auc"] == pytest.approx(report["overall"]["auc"], abs=1e-6)
     assert (tmp_path / "runs/run/plan.txt").stat().st_size > 0
+
+
+def test_lists_that_attention_reads_through_the_command(tmp_path, data):
+    words = ["embeddings.features.history.pooling=attention", "model={kind='mlp',widths=[4]}"]
+    found = []
+    for workers in (1, 2):
+        (tmp_path / str(workers)).mkdir()
+        config = command.write_config(tmp_path / str(workers), data)
+        done = command.call("train", config, *words, "--workers", workers)
+        assert done.returncode == 0, done.stderr
+        found.append(command.losses(tmp_path / str(workers) / "runs/run"))
+    agree(found[1], found[0])
+
+
+def test_single_learns_a_scenario_from_its_own_rows_alone(tmp_path):
+    """What the other scenarios' labels say changes nothing, not even a bit."""
+    blocks = []
+    for flipped in (False, True):
+        data = canonical.write(tmp_path / str(flipped), rows=3000)
+        if flipped:
+            for file in sorted((data / "train").glob("*.parquet")):
+                groups = pq.ParquetFile(file)
+                tables = [groups.read_row_group(index) for index in range(groups.num_row_groups)]
+                with pq.ParquetWriter(file, groups.schema_arrow) as writer:
+                    for table in tables:
+                        click, scenario = table["click"].to_numpy(), table["scenario"].to_numpy()
+                        click = np.where(scenario == 0, click, 1 - click).astype(np.uint8)
+                        writer.write_table(table.set_column(table.column_names.index("click"), "click", [click]))
+        config = command.write_config(data, data, model={"kind": "single", "backbone": {"kind": "mlp", "widths": [4]}})
+        done = command.call("train", config)
+        assert done.returncode == 0, done.stderr
+        blocks.append(json.loads((data / "runs/run/metrics.json").read_text())["scenarios"])
+    plain, changed = blocks
+    assert changed["scenario 0"] == plain["scenario 0"]
+    assert plain["scenario 0"]["auc"] > 0.55
+    for name in ("scenario 1", "scenario 2"):
+        assert changed[name]["auc"] < 0.5 < plain[name]["auc"]
+
+
+def test_a_scenario_without_training_rows_is_told_once(tmp_path):
+    data = canonical.write(tmp_path / "data", rows=3000)
+    schema = FeatureSchema.read(data)
+    unseen = Scenario(id=3, name="abroad", rows=0)
+    counted = [scenario.model_copy(update={"rows": 1000}) for scenario in schema.scenarios]
+    schema.model_copy(update={"scenarios": (*counted, unseen)}).save(data)
+    (file,) = (data / "test").glob("part-00000.parquet")
+    table = pq.read_table(file)
+    abroad = table.set_column(
+        table.column_names.index("scenario"), "scenario", [np.full(table.num_rows, 3, dtype=np.int32)]
+    )
+    pq.write_table(abroad, data / "test" / "part-00002.parquet", row_group_size=5)
+    done = command.call("train", command.write_config(tmp_path, data), "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no training rows of scenario 'abroad'") == 1
+    report = json.loads((tmp_path / "runs/run/metrics.json").read_text())
+    assert report["scenarios"]["abroad"]["rows"] == table.num_rows
+    assert report["scenarios"]["abroad"]["auc"] > 0.5
