@@ -21,8 +21,8 @@ Launcher = Literal["local", "ray"]
 def set_threads(workers: int) -> dict[str, str]:
     """Thread settings for one of `workers` processes on this host; what the user has set stays.
 
-    With two or more OpenMP threads, libgomp's long spinning beside autograd's own pool makes a CPU step many times slower:
-    none at all, as passive would have it, wakes threads for every small product, and is up to twice as slow as a little.
+    With two or more OpenMP threads, libgomp's long spinning beside autograd's own pool makes a CPU step many times
+    slower; none at all, as passive would have it, wakes threads for every small product and takes up to twice as long.
     """
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     settings = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}

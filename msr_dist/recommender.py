@@ -113,8 +113,15 @@ class Recommender(nn.Module):
         return result
 
     def reserved_rows(self, schema: FeatureSchema) -> dict[str, int]:
-        """By the name of a table's submodule: how many of its first vectors stand for ids that training never saw."""
-        return {module_name(table.name): schema.copies(table) for table in schema.tables}
+        """By the name of a table's submodule: how many of its first vectors start at 0.
+
+        The first stands for ids that training never saw. With vectors for every scenario it is all of them, since
+        which ids a scenario's training rows hold is not known: those that they do not must say nothing.
+        """
+        return {
+            module_name(table.name): table.rows * schema.copies(table) if table.per_scenario else 1
+            for table in schema.tables
+        }
 
 
 class Head(nn.Module):

@@ -48,7 +48,8 @@ class Table(Config):
     """Length of one vector; fbgemm's kernels want a multiple of 4."""
     precision: Literal["fp32", "fp16"] = "fp32"
     per_scenario: bool = False
-    """Every scenario has `rows` vectors of its own: id i of scenario s is looked up at i * scenarios + s."""
+    """Every scenario has `rows` vectors of its own, which start at 0: id i of scenario s is looked up at
+    i * scenarios + s, or, where s has no training rows, at that of the scenario that has most."""
 
 
 class Feature(Config):
@@ -134,6 +135,11 @@ class FeatureSchema(Config):
     def copies(self, table: Table) -> int:
         """Vectors per id: one, or one per scenario."""
         return len(self.scenarios) if table.per_scenario else 1
+
+    def owners(self) -> list[int]:
+        """The scenario whose vectors each scenario's rows look up, in tables with vectors for every scenario."""
+        largest = max(self.scenarios, key=lambda each: each.rows or 0).id
+        return [largest if each.rows == 0 else each.id for each in self.scenarios]
 
     def target(self, feature: Feature) -> Feature:
         """What attention asks about when it reads the list `feature`."""

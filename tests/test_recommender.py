@@ -146,4 +146,4 @@ def test_vectors_for_each_scenario():
     model = Recommender(schema, Remembering(), config)
     rows = {table.name: table.num_embeddings for table in model.embeddings.embedding_bag_configs()}
     assert rows == {"users": 3 * canonical.USERS, "items_": canonical.ITEMS, "tags": canonical.TAGS}
-    assert model.reserved_rows(schema) == {"users": 3, "items_": 1, "tags": 1}
+    assert model.reserved_rows(schema) == {"users": 3 * canonical.USERS, "items_": 1, "tags": 1}

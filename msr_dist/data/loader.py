@@ -241,7 +241,7 @@ def _own(ids: Ints, scenario: Ints, schema: FeatureSchema) -> Ints:
         copies = schema.copies(schema.table(feature.table))
         if copies > 1:
             line *= copies
-            line += scenario
+            line += np.array(schema.owners())[scenario]
     return ids
 
 
@@ -249,7 +249,8 @@ def _own_list(column: tuple[Ints, Ints], feature: Feature, scenario: Ints, schem
     values, offsets = column
     copies = schema.copies(schema.table(feature.table))
     if copies > 1:
-        values = values[offsets[0] : offsets[-1]] * copies + np.repeat(scenario, np.diff(offsets))
+        owner = np.array(schema.owners())[scenario]
+        values = values[offsets[0] : offsets[-1]] * copies + np.repeat(owner, np.diff(offsets))
         offsets = offsets - offsets[0]
     return values, offsets
 

@@ -7,7 +7,7 @@ that see different scenarios still run the same collectives in the same order.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -187,7 +187,7 @@ def grouped_linear(
     Returns:
         `[B, out]`, grouped. A scenario without rows takes part with an empty product: its gradient is exactly 0.
     """
-    out: Tensor = _GroupedLinear.apply(x, weight, bias, shared, groups.sizes)  # type: ignore[no-untyped-call]
+    out: Tensor = _GroupedLinear.apply(x, weight, bias, shared, groups.scenario, groups.sizes)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -196,52 +196,50 @@ _SLAB = 8
 
 
 class _GroupedLinear(torch.autograd.Function):
-    # One product per scenario, each written where it belongs. As ordinary operations, S slices, their concatenation,
-    # the stacking of S gradients and the products with the shared weight cost more than the layer when scenarios are
-    # many; torch's grouped_mm is no faster on CPU and takes neither empty batches nor a single output.
+    # One product per scenario, each written where it belongs, and as few other operations as there can be: with many
+    # scenarios it is the number of calls that costs. As ordinary operations, S slices, their concatenation, the
+    # stacking of S gradients and the products with the shared weight cost more than the layer; torch's grouped_mm is no
+    # faster on CPU and takes neither empty batches nor a single output.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shared: Tensor | None, sizes: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weight, *([] if shared is None else [shared]))
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shared: Tensor | None, scenario: Tensor, sizes: list[int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, scenario, *([] if shared is None else [shared]))
         ctx.sizes = sizes
         out = x.new_empty(len(x), weight.shape[2])
+        layers = (layer for slab in torch.split(weight, _SLAB) for layer in _product(slab, shared).unbind())
         parts = (each.split_with_sizes(sizes) for each in (x, out))
-        for size, layer, b, rows, place in zip(sizes, _layers(weight, shared), bias.unbind(), *parts, strict=True):
+        for size, layer, own, rows, place in zip(sizes, layers, bias.unbind(), *parts, strict=True):
             if size:
-                torch.addmm(b, rows, layer, out=place)
+                torch.addmm(own, rows, layer, out=place)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *rest = ctx.saved_tensors
+        x, weight, scenario, *rest = ctx.saved_tensors
         shared: Tensor | None = rest[0] if rest else None
-        of_x, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[::2])
+        gradient = gradient.contiguous()
+        of_x, of_weight = torch.empty_like(x), torch.empty_like(weight)
         of_shared = None if shared is None else torch.zeros_like(shared)
-        stacks = (weight.unbind(), of_weight.unbind(), of_bias.unbind())
-        parts = (each.split_with_sizes(ctx.sizes) for each in (x, of_x, gradient.contiguous()))
-        for size, layer, own, of_own, of_b, rows, of_rows, g in zip(
-            ctx.sizes, _layers(weight, shared), *stacks, *parts, strict=True
-        ):
-            if not size:
-                of_own.zero_()
-                of_b.zero_()
-                continue
-            torch.mm(g, layer.t(), out=of_rows)
-            torch.mm(rows.t(), g, out=of_own)
-            torch.sum(g, 0, out=of_b)
+        parts = zip(ctx.sizes, *(each.split_with_sizes(ctx.sizes) for each in (x, of_x, gradient)), strict=True)
+        for slab, of_slab in zip(torch.split(weight, _SLAB), torch.split(of_weight, _SLAB), strict=True):
+            layers = zip(_product(slab, shared).unbind(), of_slab.unbind(), strict=True)
+            for (layer, of_layer), (size, rows, of_rows, g) in zip(layers, parts, strict=False):
+                if size:
+                    torch.mm(g, layer.t(), out=of_rows)
+                    torch.mm(rows.t(), g, out=of_layer)
+                else:
+                    of_layer.zero_()
             if shared is not None and of_shared is not None:
-                of_shared.addcmul_(of_own, own)
-                of_own.mul_(shared)
-        return of_x, of_weight, of_bias, of_shared, None
+                of_shared += (of_slab * slab).sum(0)
+                of_slab *= shared
+        of_bias = torch.ops.aten.embedding_dense_backward(gradient, scenario, len(weight), -1, False)
+        return of_x, of_weight, of_bias, of_shared, None, None
 
 
-def _layers(weight: Tensor, shared: Tensor | None) -> Iterator[Tensor]:
-    """The weights `[in, out]` of one scenario after the other."""
-    if shared is None:
-        yield from weight.unbind()
-        return
-    for slab in torch.split(weight, _SLAB):
-        yield from (slab * shared).unbind()
+def _product(slab: Tensor, shared: Tensor | None) -> Tensor:
+    return slab if shared is None else slab * shared
 
 
 def stacked_weight(count: int, in_width: int, out_width: int) -> nn.Parameter:
@@ -324,8 +322,8 @@ class ScenarioExperts(nn.Module):
         return hidden
 
 
-_CONSTANT = 1e-12
-"""Variance up to which a column counts as constant: rounding alone makes about 1e-16 of fp32 values near 1."""
+_ROUNDING = 1e-6
+"""Variance, in squared distances to the running mean, that rounding alone may make of equal fp32 numbers."""
 
 
 @final
@@ -344,6 +342,9 @@ class ScenarioNorm(nn.Module):
     - Batch variance is biased, running variance unbiased, as in `nn.BatchNorm1d`.
     - Update k of a scenario weighs max(momentum, 1 / k): the plain average at first, so that a rare scenario does not
       keep the initial statistics for long.
+    - A column that is constant within a scenario, such as a category that is the scenario, says nothing there and
+      becomes beta + beta_s, in training and in evaluation: its distance to a running mean that lags behind would be
+      divided by sqrt(eps), and its gradient is rounding, which adaptive optimizers would blow up to full steps.
     """
 
     running_mean: Tensor
@@ -367,11 +368,7 @@ class ScenarioNorm(nn.Module):
         mean, var = (
             self._batch_statistics(x, row >= 0, groups) if self.training else (self.running_mean, self.running_var)
         )
-        scale = self.gamma * self.scenario_gamma * torch.rsqrt(var + self.eps)
-        if self.training:
-            # A column that is constant within a scenario has no gradient but rounding, which adaptive optimizers would
-            # blow up to full steps.
-            scale = scale * (var > _CONSTANT)
+        scale = self.gamma * self.scenario_gamma * torch.rsqrt(var + self.eps) * (var > 0)
         return (x - groups.spread(mean)) * groups.spread(scale) + groups.spread(self.beta + self.scenario_beta)
 
     def _batch_statistics(self, x: Tensor, real: Tensor, groups: ScenarioGroups) -> tuple[Tensor, Tensor]:
@@ -382,7 +379,8 @@ class ScenarioNorm(nn.Module):
         count, first, second = moments.split_with_sizes([1, x.shape[1], x.shape[1]], dim=1)
         enough = count >= 2
         offset = first / count.clamp(min=1)
-        var = (second / count.clamp(min=1) - offset.square()).clamp(min=0)
+        var = second / count.clamp(min=1) - offset.square()
+        var = torch.where(var > _ROUNDING * offset.square(), var, 0.0)
         mean = torch.where(enough, self.running_mean + offset, self.running_mean).to(x.dtype)
         used_var = torch.where(enough, var, self.running_var).to(x.dtype)
         with torch.no_grad():

@@ -123,7 +123,8 @@ class Fairness(nn.Module):
 
     def forward(self, item: Tensor, row: Tensor, groups: ScenarioGroups) -> tuple[Tensor, Tensor]:
         """Weights and penalties, `[B]` each and grouped, as are `item` `[B, D]` and `row`; counts the batch."""
-        rows, coefficients = self.seen.to(item.dtype).unbind(1)
+        # The little more keeps the logarithm of a scenario that has long been absent.
+        rows, coefficients = (self.seen + 1e-6).to(item.dtype).unbind(1)
         prior = torch.log_softmax(rows.log(), dim=0)
         posterior = torch.log_softmax(item.detach() @ self.weight + prior, dim=1)
         penalty = nll_loss(posterior, groups.scenario, reduction="none")

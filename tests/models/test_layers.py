@@ -14,6 +14,7 @@ from msr_dist.models.layers import (
     ScenarioNorm,
     ScenarioTower,
     TargetAttention,
+    grouped_linear,
     sum_over_ranks,
 )
 
@@ -275,3 +276,34 @@ def test_scenario_experts_run_a_row_through_its_own_scenarios_experts():
             for weight, bias in zip(experts.weights, experts.biases, strict=True):
                 h = torch.relu(h @ weight[s, e] + bias[s, e])
             torch.testing.assert_close(hidden[row, e], h)
+
+
+def test_a_column_that_is_constant_within_a_scenario_says_as_little_in_evaluation_as_in_training():
+    norm, groups = ScenarioNorm(2, 2), ScenarioGroups.of(torch.tensor([0, 0, 0, 1, 1, 1]), 2)
+    row = torch.arange(6)
+    for step in range(50):
+        # As the embedding of a category that is the scenario: it moves with training, ahead of its running mean.
+        drifting = torch.tensor([0.1, -0.3]).repeat_interleave(3) + 0.0371 * step
+        x = torch.stack([drifting, torch.randn(6)], dim=1)
+        trained = norm(x, row, groups)
+    assert trained[:, 0].tolist() == [0.0] * 6
+    assert norm.eval()(x, row, groups)[:, 0].tolist() == [0.0] * 6
+    assert norm(x, row, groups)[:, 1].abs().min() > 0
+
+
+def test_a_shared_weight_multiplies_every_scenarios_own():
+    torch.manual_seed(0)
+    scenario = torch.tensor([2, 0, 2, 2, 0, 0, 2, 11])
+    groups = ScenarioGroups.of(scenario, 12)  # more than one slab of scenarios, most of them absent
+    leaves = [torch.randn(*shape, dtype=torch.float64) for shape in ((8, 4), (12, 4, 3), (12, 3), (4, 3))]
+    x, weight, bias, shared = (leaf.requires_grad_() for leaf in leaves)
+    out = grouped_linear(x, weight, bias, groups, shared)
+    plain = grouped_linear(x, weight * shared, bias, groups)
+    expected = torch.stack([x[i] @ (weight * shared)[s] + bias[s] for i, s in enumerate(groups.scenario.tolist())])
+    seed = torch.randn_like(out)
+    for other in (plain, expected):
+        torch.testing.assert_close(out, other)
+        of_out = torch.autograd.grad(out, leaves, seed, retain_graph=True)
+        for gradient, wanted in zip(of_out, torch.autograd.grad(other, leaves, seed), strict=True):
+            torch.testing.assert_close(gradient, wanted)
+    assert not torch.autograd.grad(out, weight, seed)[0][3:11].any()

@@ -173,3 +173,12 @@ def test_padding_is_not_counted():
     kept = ScenarioGroups.of(groups.scenario[order], 2)
     plain(item[order], row[order], kept)
     assert torch.equal(padded.seen, plain.seen)
+
+
+def test_a_scenario_that_has_long_been_absent_returns_with_a_finite_weight():
+    model = build("sarnet")
+    model.fairness.seen[4] = 0.0
+    objective = model.objective(mixed(60))
+    assert objective.weight.isfinite().all()
+    assert objective.penalty.isfinite().all()
+    assert model.fairness.seen.isfinite().all()
