@@ -27,7 +27,9 @@ def uniform(seed: int, rows: Tensor, columns: Tensor) -> Tensor:
     """
     by_row = _hash(rows + _hash(torch.full_like(rows[:1], seed)))
     drawn = torch.empty((rows.numel(), columns.numel()), device=rows.device)
-    step = max(1, _BLOCK // max(1, columns.numel()))
+    # On other devices a block is a handful of kernel launches, and there is no cache to stay in.
+    block = _BLOCK if rows.device.type == "cpu" else rows.numel() * columns.numel()
+    step = max(1, block // max(1, columns.numel()))
     for start in range(0, rows.numel(), step):
         bits = _hash(by_row[start : start + step, None] + columns)
         # The upper 24 bits are all that fp32 can tell apart in [0, 1).

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
@@ -87,7 +88,8 @@ class Predictions:
     logits: Tensor
     """`[B, T]`, detached."""
     loss: Tensor
-    """Scalar, detached: this rank's part of the loss, whose average over ranks is the loss of the global batch."""
+    """Scalar, detached: this rank's part of the loss, whose average over ranks is the loss of the global batch. It is
+    of the backbone's own logits, also where others stand in for a scenario without training rows."""
 
 
 class Recommender(nn.Module):
@@ -132,6 +134,8 @@ class Head(nn.Module):
     largest of them, where there are many).
     """
 
+    untaught: Tensor
+
     def __init__(self, schema: FeatureSchema, backbone: Backbone, attention_widths: Widths = (32,)) -> None:
         super().__init__()
         self.backbone = backbone
@@ -148,8 +152,9 @@ class Head(nn.Module):
             }
         )
         self._stand_ins = _stand_ins(schema)
-        untaught = [scenario.rows == 0 for scenario in schema.scenarios]
-        self._untaught = torch.tensor(untaught) if any(untaught) and self._stand_ins else None
+        self._has_untaught = bool(self._stand_ins) and not all(scenario.taught for scenario in schema.scenarios)
+        untaught = torch.tensor([not scenario.taught for scenario in schema.scenarios])
+        self.register_buffer("untaught", untaught, persistent=False)
 
     def forward(
         self, pooled: KeyedTensor | None, lists: dict[str, JaggedTensor] | None, batch: ScenarioBatch
@@ -159,8 +164,8 @@ class Head(nn.Module):
         objective = self.backbone.objective(inputs)
         loss = objective.loss(batch.labels, batch.weights) / batch.rows_per_rank
         logits = objective.logits.detach()
-        if self._untaught is not None and not self.training:
-            logits = self._stand_in(inputs, logits, self._untaught.to(logits.device)[inputs.scenario])
+        if self._has_untaught and not self.training:
+            logits = self._stand_in(inputs, logits)
         return loss, Predictions(logits, loss.detach())
 
     def _inputs(self, pooled: KeyedTensor | None, lists: dict[str, JaggedTensor], batch: ScenarioBatch) -> Inputs:
@@ -185,16 +190,17 @@ class Head(nn.Module):
             groups[group] = torch.cat([*parts, batch.numeric[:, numerics]] if numerics else parts, dim=1)
         return Inputs(groups, batch.scenario, batch.row, behaviours)
 
-    def _stand_in(self, inputs: Inputs, logits: Tensor, untaught: Tensor) -> Tensor:
-        rows = untaught.nonzero().squeeze(1)
+    def _stand_in(self, inputs: Inputs, logits: Tensor) -> Tensor:
+        rows = self.untaught[inputs.scenario].nonzero().squeeze(1)
         if not len(rows):
             return logits
         some = inputs.take(rows)
-        probability = torch.zeros_like(logits[rows])
-        for scenario, share in self._stand_ins:
-            elsewhere = replace(some, scenario=torch.full_like(rows, scenario))
-            probability += share * torch.sigmoid(self.backbone(elsewhere))
-        return logits.index_copy(0, rows, torch.logit(probability))
+        scenarios, shares = zip(*self._stand_ins, strict=True)
+        elsewhere = torch.stack([self.backbone(replace(some, scenario=torch.full_like(rows, s))) for s in scenarios])
+        share = logits.new_tensor(shares).log()[:, None, None]
+        # In logarithms, where a probability next to 0 or 1 is still a number.
+        yes, no = (torch.logsumexp(share + logsigmoid(side), dim=0) for side in (elsewhere, -elsewhere))
+        return logits.index_copy(0, rows, yes - no)
 
 
 def _stand_ins(schema: FeatureSchema) -> list[tuple[int, float]]:

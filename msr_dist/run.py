@@ -173,7 +173,7 @@ class RunConfig(Config):
 
 def say_untaught(schema: FeatureSchema, world: World) -> None:
     """Warn of scenarios that no training row belongs to, once for all ranks."""
-    names = [scenario.name for scenario in schema.scenarios if scenario.rows == 0]
+    names = [scenario.name for scenario in schema.scenarios if not scenario.taught]
     if names and world.rank == 0:
         log.warning(
             "no training rows of scenario %s: predicted by what the other scenarios share", ", ".join(map(repr, names))

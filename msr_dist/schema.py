@@ -37,6 +37,11 @@ class Scenario(Config):
     rows: int | None = Field(default=None, ge=0)
     """Its training rows, where they were counted; at 0 it is served by what the other scenarios share."""
 
+    @property
+    def taught(self) -> bool:
+        """Whether training has rows of it, as far as is known."""
+        return self.rows != 0
+
 
 class Table(Config):
     """An embedding table."""
@@ -139,7 +144,7 @@ class FeatureSchema(Config):
     def owners(self) -> list[int]:
         """The scenario whose vectors each scenario's rows look up, in tables with vectors for every scenario."""
         largest = max(self.scenarios, key=lambda each: each.rows or 0).id
-        return [largest if each.rows == 0 else each.id for each in self.scenarios]
+        return [each.id if each.taught else largest for each in self.scenarios]
 
     def target(self, feature: Feature) -> Feature:
         """What attention asks about when it reads the list `feature`."""
@@ -157,6 +162,11 @@ class FeatureSchema(Config):
         for numeric in self.numerics:
             widths[numeric.group] = widths.get(numeric.group, 0) + 1
         return widths
+
+    @property
+    def input_width(self) -> int:
+        """Width of all groups side by side."""
+        return sum(self.group_widths().values())
 
     def with_tables(self, tables: Mapping[str, Table]) -> "FeatureSchema":
         """The same schema with some tables replaced."""

@@ -31,6 +31,7 @@ Deviations:
 - Dropout, off by default.
 """
 
+from itertools import pairwise
 from typing import Annotated, Literal, final
 
 import torch
@@ -121,10 +122,10 @@ class AdaptDhm(Backbone):
     def __init__(self, config: Config, schema: FeatureSchema) -> None:
         super().__init__()
         self.clusters = config.clusters
-        width = sum(schema.group_widths().values()) + config.scenario_width
+        width = schema.input_width + config.scenario_width
         self.scenario = nn.Embedding(len(schema.scenarios), config.scenario_width)
         self.router = Router(config, width)
-        shapes = zip([width, *config.widths], config.widths, strict=False)
+        shapes = pairwise([width, *config.widths])
         self.hidden = nn.ModuleList(StarLinear(self.clusters, i, o) for i, o in shapes)
         self.dropouts = nn.ModuleList(Dropout(config.dropout) for _ in config.widths)
         self.last = StarLinear(self.clusters, config.widths[-1], len(schema.labels))

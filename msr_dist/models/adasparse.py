@@ -32,6 +32,7 @@ Deviations:
 - Pruned neurons are multiplied by 0, not skipped: rows of a batch prune differently.
 """
 
+from itertools import pairwise
 from typing import Annotated, Literal, Self, final
 
 import torch
@@ -98,9 +99,9 @@ class AdaSparse(Backbone):
     def __init__(self, config: Config, schema: FeatureSchema) -> None:
         super().__init__()
         self.config = config
-        width = sum(schema.group_widths().values()) + config.scenario_width
+        width = schema.input_width + config.scenario_width
         self.scenario = nn.Embedding(len(schema.scenarios), config.scenario_width)
-        shapes = zip([width, *config.widths], config.widths, strict=False)
+        shapes = pairwise([width, *config.widths])
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in shapes)
         self.pruners = nn.ModuleList(nn.Linear(config.scenario_width + o, o) for o in config.widths)
         self.dropouts = nn.ModuleList(Dropout(config.dropout) for _ in config.widths)

@@ -80,7 +80,7 @@ class Aitm(Backbone):
         super().__init__()
         self.scenarios, labels = len(schema.scenarios), len(schema.labels)
         self.calibrator = config.calibrator
-        width, out = sum(schema.group_widths().values()), config.widths[-1]
+        width, out = schema.input_width, config.widths[-1]
         self.shared = MLP(width, config.widths, config.dropout)
         self.own = ScenarioExperts(self.scenarios, labels, width, config.widths, config.dropout)
         self.transfers = nn.ModuleList(Transfer(self.scenarios, out, config.dropout) for _ in schema.labels)

@@ -59,6 +59,24 @@ class Inputs:
         groups = {name: x[rows] for name, x in self.groups.items()}
         return Inputs(groups, self.scenario[rows], self.row[rows], behaviours)
 
+    def split(self, sizes: list[int]) -> "list[Inputs]":
+        """Consecutive parts of those sizes."""
+        groups = {name: x.split_with_sizes(sizes) for name, x in self.groups.items()}
+        lists = {
+            name: [x.split_with_sizes(sizes) for x in (each.vectors, each.present, each.target)]
+            for name, each in self.behaviours.items()
+        }
+        rest = zip(self.scenario.split_with_sizes(sizes), self.row.split_with_sizes(sizes), strict=True)
+        return [
+            Inputs(
+                {name: parts[i] for name, parts in groups.items()},
+                scenario,
+                row,
+                {name: Behaviours(*(parts[i] for parts in each)) for name, each in lists.items()},
+            )
+            for i, (scenario, row) in enumerate(rest)
+        ]
+
     def joined(self) -> Tensor:
         """All groups side by side: `[B, sum of widths]`."""
         return torch.cat(list(self.groups.values()), dim=1)

@@ -72,7 +72,7 @@ class DcnV2(Backbone):
 
     def __init__(self, config: Config, schema: FeatureSchema) -> None:
         super().__init__()
-        width = sum(schema.group_widths().values()) + config.scenario_width
+        width = schema.input_width + config.scenario_width
         self.stacked = config.structure == "stacked"
         self.scenario = nn.Embedding(len(schema.scenarios), config.scenario_width)
         self.crosses = nn.ModuleList(CrossLayer(width, config.rank) for _ in range(config.cross_layers))

@@ -73,7 +73,7 @@ class EmbeddingGate(nn.Module):
 
     def __init__(self, schema: FeatureSchema, scenario_width: int, gate_width: int) -> None:
         super().__init__()
-        self.out_width = sum(schema.group_widths().values())
+        self.out_width = schema.input_width
         self.scenario = nn.Embedding(len(schema.scenarios), scenario_width)
         self.gate = GateNU(scenario_width + self.out_width, gate_width, self.out_width)
 

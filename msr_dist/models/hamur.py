@@ -28,6 +28,7 @@ Deviations:
 - No batch normalisation in network and hyper-network. Dropout, off by default.
 """
 
+from itertools import pairwise
 from typing import Literal, Self, final
 
 import torch
@@ -107,11 +108,11 @@ class Hamur(Backbone):
     def __init__(self, config: Config, schema: FeatureSchema) -> None:
         super().__init__()
         self.scenarios, self.rank = len(schema.scenarios), config.rank
-        in_width = sum(schema.group_widths().values()) + config.scenario_width
+        in_width = schema.input_width + config.scenario_width
         self.scenario = nn.Embedding(self.scenarios, config.scenario_width)
         self.hyper = MLP(in_width, config.hyper_widths, config.dropout)
         self.hyper_last = nn.Linear(self.hyper.out_width, config.rank**2)
-        shapes = zip([in_width, *config.widths], config.widths, strict=False)
+        shapes = pairwise([in_width, *config.widths])
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in shapes)
         self.dropouts = nn.ModuleList(Dropout(config.dropout) for _ in config.widths)
         plain = len(config.widths) - config.adapters

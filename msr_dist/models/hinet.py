@@ -45,6 +45,7 @@ from msr_dist.models.layers import (
     ScenarioGroups,
     ScenarioLinear,
     ScenarioTower,
+    mixture,
     stacked_weight,
 )
 from msr_dist.schema import FeatureSchema
@@ -74,11 +75,6 @@ class Config(BackboneConfig):
         return Hinet(self, schema)
 
 
-def mix(scores: Tensor, opinions: Tensor) -> Tensor:
-    """`[B, E]` and `[B, E, W]` -> `[B, W]`: the opinions' mean, weighted by the scores' softmax."""
-    return (torch.softmax(scores, dim=1)[:, :, None] * opinions).sum(dim=1)
-
-
 @final
 class ScenarioNetworks(nn.Module):
     """One network of sub-experts and gate per scenario, and the attention on those of other scenarios."""
@@ -92,12 +88,12 @@ class ScenarioNetworks(nn.Module):
         self.gate = ScenarioLinear(scenarios, in_width, config.sub_experts)
         self.scenario = nn.Parameter(torch.randn(scenarios, config.scenario_width))
         self.attention = stacked_weight(1, config.scenario_width, scenarios)
-        taught = torch.tensor([float(scenario.rows != 0) for scenario in schema.scenarios])
+        taught = torch.tensor([float(scenario.taught) for scenario in schema.scenarios])
         self.register_buffer("readable", taught * (1.0 - torch.eye(scenarios)), persistent=False)
 
     def forward(self, x: Tensor, row: Tensor, groups: ScenarioGroups) -> tuple[Tensor, Tensor]:
         """Grouped `[B, in]` -> S_s and A_s, `[B, W]` each, grouped."""
-        own = mix(self.gate(x, groups), self.experts(x, row, groups))
+        own = mixture(self.gate(x, groups), self.experts(x, row, groups))
         shares = torch.softmax(self.scenario @ self.attention[0], dim=1)
         return own, torch.bmm(groups.spread(shares * self.readable)[:, None, :], self._read(x))[:, 0]
 
@@ -110,7 +106,7 @@ class ScenarioNetworks(nn.Module):
             hidden = x.expand(len(bias), -1, -1)
             for w, b in zip(self.experts.weights, self.experts.biases, strict=True):
                 hidden = torch.relu_(torch.baddbmm(b[s][:, None, :], hidden, w[s]))
-            seen.append(mix(torch.addmm(bias, x, weight), hidden.transpose(0, 1)))
+            seen.append(mixture(torch.addmm(bias, x, weight), hidden.transpose(0, 1)))
         return torch.stack(seen, dim=1)
 
 
@@ -121,7 +117,7 @@ class Hinet(Backbone):
     def __init__(self, config: Config, schema: FeatureSchema) -> None:
         super().__init__()
         self.scenarios = scenarios = len(schema.scenarios)
-        width, dropout = sum(schema.group_widths().values()), config.dropout
+        width, dropout = schema.input_width, config.dropout
         self.shared = Experts(config.sub_experts, width, config.widths, dropout)
         self.shared_gate = nn.Linear(width, config.sub_experts)
         nn.init.zeros_(self.shared_gate.bias)
@@ -140,11 +136,11 @@ class Hinet(Backbone):
         """Logits `[B, T]`."""
         groups = ScenarioGroups.of(inputs.scenario, self.scenarios)
         row, x = groups.group(inputs.row), groups.group(inputs.joined())
-        shared = mix(self.shared_gate(x), self.shared(x, row))
+        shared = mixture(self.shared_gate(x), self.shared(x, row))
         extracted = torch.cat([shared, *self.networks(x, row, groups)], dim=1)
         task_shared = self.task_shared(extracted, row)
         logits = []
         for experts, gate, tower in zip(self.task_experts, self.task_gates, self.towers, strict=True):
             opinions = torch.cat([experts(extracted, row, groups), task_shared], dim=1)
-            logits.append(tower(mix(gate(extracted, groups), opinions), row, groups))
+            logits.append(tower(mixture(gate(extracted, groups), opinions), row, groups))
         return groups.restore(torch.cat(logits, dim=1))

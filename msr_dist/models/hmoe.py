@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Rate, Width, Widths
-from msr_dist.models.layers import Experts, ScenarioGroups, ScenarioLinear, ScenarioTower
+from msr_dist.models.layers import Experts, ScenarioGroups, ScenarioLinear, ScenarioTower, mixture
 from msr_dist.schema import FeatureSchema
 
 
@@ -57,7 +57,7 @@ class Config(BackboneConfig):
 
 
 @final
-class Head(nn.Module):
+class LabelHead(nn.Module):
     """One label's gates and towers, and the weights that each scenario gives to the opinions of all."""
 
     unheard: Tensor
@@ -68,13 +68,12 @@ class Head(nn.Module):
         self.gate = ScenarioLinear(scenarios, in_width, config.experts)
         self.tower = ScenarioTower(scenarios, expert_width, config.tower_widths, 1, config.dropout)
         self.relation = ScenarioLinear(scenarios, in_width, scenarios)
-        untaught = torch.tensor([scenario.rows == 0 for scenario in schema.scenarios])
+        untaught = torch.tensor([not scenario.taught for scenario in schema.scenarios])
         self.register_buffer("unheard", untaught & ~torch.eye(scenarios, dtype=torch.bool), persistent=False)
 
     def forward(self, x: Tensor, hidden: Tensor, row: Tensor, groups: ScenarioGroups) -> Tensor:
         """`x` `[B, D]` and `hidden` `[B, E, W]` -> `[B, 1]`, all grouped."""
-        share = torch.softmax(self.gate(x, groups), dim=1)
-        own = self.tower((share[:, :, None] * hidden).sum(dim=1), row, groups)
+        own = self.tower(mixture(self.gate(x, groups), hidden), row, groups)
         with torch.no_grad():
             opinions = self._opinions(x, hidden)
         opinions = opinions.scatter(1, groups.scenario[:, None], own)
@@ -104,9 +103,9 @@ class Hmoe(Backbone):
     def __init__(self, config: Config, schema: FeatureSchema) -> None:
         super().__init__()
         self.scenarios = len(schema.scenarios)
-        width = sum(schema.group_widths().values())
+        width = schema.input_width
         self.experts = Experts(config.experts, width, config.widths, config.dropout)
-        self.heads = nn.ModuleList(Head(schema, width, self.experts.out_width, config) for _ in schema.labels)
+        self.heads = nn.ModuleList(LabelHead(schema, width, self.experts.out_width, config) for _ in schema.labels)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits `[B, T]`."""

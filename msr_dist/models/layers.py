@@ -9,6 +9,7 @@ that see different scenarios still run the same collectives in the same order.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, final
 
 import torch
@@ -53,7 +54,7 @@ class MLP(nn.Module):
     def __init__(self, in_width: int, widths: Sequence[int], dropout: float) -> None:
         super().__init__()
         self.out_width = widths[-1]
-        self.linears = nn.ModuleList(nn.Linear(i, o) for i, o in zip([in_width, *widths], widths, strict=False))
+        self.linears = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise([in_width, *widths]))
         self.dropouts = nn.ModuleList(Dropout(dropout) for _ in widths)
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class Experts(nn.Module):
     def __init__(self, experts: int, in_width: int, widths: Sequence[int], dropout: float) -> None:
         super().__init__()
         self.out_width = widths[-1]
-        shapes = zip([in_width, *widths], widths, strict=False)
+        shapes = pairwise([in_width, *widths])
         self.weights = nn.ParameterList(stacked_weight(experts, i, o) for i, o in shapes)
         self.biases = nn.ParameterList(torch.zeros(experts, width) for width in widths)
         self.dropouts = nn.ModuleList(Dropout(dropout) for _ in widths)
@@ -110,11 +111,16 @@ class Experts(nn.Module):
         return hidden
 
 
+def mixture(scores: Tensor, opinions: Tensor) -> Tensor:
+    """`[B, E]` and `[B, E, W]` -> `[B, W]`: the opinions' mean, weighted by the scores' softmax."""
+    return (torch.softmax(scores, dim=1)[:, :, None] * opinions).sum(dim=1)
+
+
 @dataclass(frozen=True)
 class ScenarioGroups:
     """The rows of a batch by scenario: found once per forward pass, then shared by all its layers.
 
-    `sizes` is read back from the device, the one point of a forward pass where the host waits for it.
+    `sizes` is read back from the device: there the host waits for it.
     """
 
     order: Tensor
@@ -130,10 +136,21 @@ class ScenarioGroups:
     def of(cls, scenario: Tensor, scenarios: int) -> "ScenarioGroups":
         """The groups of `scenario` `[B]`, whose values are below `scenarios`."""
         grouped, order = torch.sort(scenario, stable=True)
-        counts = torch.bincount(scenario, minlength=scenarios)
-        if len(counts) > scenarios:
-            raise ValueError(f"the batch holds scenario {len(counts) - 1}, but the schema only {scenarios} scenarios")
-        return cls(order, grouped, counts, counts.tolist())
+        # Not bincount, which reads the largest value back from the device before it counts.
+        bounds = torch.searchsorted(grouped, torch.arange(scenarios + 1, device=scenario.device))
+        counts = bounds.diff()
+        sizes = counts.tolist()
+        if sum(sizes) < len(scenario):
+            raise ValueError(
+                f"the batch holds scenario {int(scenario.max())}, but the schema only {scenarios} scenarios"
+            )
+        return cls(order, grouped, counts, sizes)
+
+    def repeated(self, times: int) -> "ScenarioGroups":
+        """The groups of rows that each come `times` times, one after the other."""
+        order = (self.order[:, None] * times + torch.arange(times, device=self.order.device)).flatten()
+        scenario = self.scenario.repeat_interleave(times)
+        return ScenarioGroups(order, scenario, self.counts * times, [size * times for size in self.sizes])
 
     def group(self, x: Tensor) -> Tensor:
         """`x` `[B, ...]` in grouped order."""
@@ -286,7 +303,7 @@ class ScenarioTower(nn.Module):
 
     def __init__(self, scenarios: int, in_width: int, widths: Sequence[int], out_width: int, dropout: float) -> None:
         super().__init__()
-        shapes = zip([in_width, *widths], widths, strict=False)
+        shapes = pairwise([in_width, *widths])
         self.hidden = nn.ModuleList(ScenarioLinear(scenarios, i, o) for i, o in shapes)
         self.dropouts = nn.ModuleList(Dropout(dropout) for _ in widths)
         self.last = ScenarioLinear(scenarios, [in_width, *widths][-1], out_width)
@@ -306,7 +323,7 @@ class ScenarioExperts(nn.Module):
     def __init__(self, scenarios: int, experts: int, in_width: int, widths: Sequence[int], dropout: float) -> None:
         super().__init__()
         self.out_width = widths[-1]
-        shapes = list(zip([in_width, *widths], widths, strict=False))
+        shapes = list(pairwise([in_width, *widths]))
         stacks = [stacked_weight(scenarios * experts, i, o) for i, o in shapes]
         self.weights = nn.ParameterList(stack.detach().view(scenarios, experts, *stack.shape[1:]) for stack in stacks)
         self.biases = nn.ParameterList(torch.zeros(scenarios, experts, width) for width in widths)

@@ -28,7 +28,6 @@ Deviations:
 - The algebra is checked against summaries and public code, not against the paper's print.
 """
 
-from dataclasses import replace
 from typing import Literal, final
 
 import torch
@@ -108,7 +107,7 @@ class M2m(Backbone):
         known, width = config.scenario_width, config.widths[-1]
         self.scenario = nn.Embedding(self.scenarios, known)
         self.knowledge = nn.Linear(known, known)
-        self.experts = Experts(config.experts, sum(schema.group_widths().values()), config.widths, config.dropout)
+        self.experts = Experts(config.experts, schema.input_width, config.widths, config.dropout)
         self.label = nn.Embedding(len(schema.labels), config.label_width)
         self.attention = MetaUnit(known, width + config.label_width, config.attention_width)
         self.score = nn.Linear(config.attention_width, 1, bias=False)
@@ -131,7 +130,6 @@ class M2m(Backbone):
         label = self.label.weight
         shape = (len(views), len(label), views.shape[1])
         pairs = torch.cat([views[:, None].expand(*shape, -1), label[:, None].expand(*shape, -1)], dim=3)
-        # A row's T * E pairs stand in sequence, so that each group is that many times as long.
-        lengths = replace(groups, sizes=[size * shape[1] * shape[2] for size in groups.sizes])
-        hidden = leaky_relu(self.attention(pairs.flatten(0, 2), knowledge, lengths))
+        pairs_of_rows = groups.repeated(shape[1] * shape[2])
+        hidden = leaky_relu(self.attention(pairs.flatten(0, 2), knowledge, pairs_of_rows))
         return torch.softmax(self.score(hidden).view(shape), dim=2)

@@ -46,6 +46,7 @@ from msr_dist.models.layers import (
     ScenarioLinear,
     ScenarioTower,
     StarLinear,
+    mixture,
 )
 from msr_dist.schema import FeatureSchema
 
@@ -83,7 +84,7 @@ class M3oe(Backbone):
     def __init__(self, config: Config, schema: FeatureSchema) -> None:
         super().__init__()
         self.scenarios, self.labels = len(schema.scenarios), len(schema.labels)
-        width, dropout = sum(schema.group_widths().values()), config.dropout
+        width, dropout = schema.input_width, config.dropout
         self.star = StarLinear(self.scenarios, width, config.star_width)
         self.bottom = MLP(config.star_width, config.widths, dropout)
         self.skip = MLP(width, config.widths[-1:], dropout)
@@ -97,7 +98,7 @@ class M3oe(Backbone):
         )
         self.scenario_weight, self.label_weight = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
         # What nothing has taught is not worth reading.
-        taught = torch.tensor([float(scenario.rows != 0) for scenario in schema.scenarios])
+        taught = torch.tensor([float(scenario.taught) for scenario in schema.scenarios])
         self.register_buffer("taught", taught, persistent=False)
         # A balance without others would never get a gradient.
         exchange = config.other_scenarios and taught.sum() > 1
@@ -120,8 +121,7 @@ class M3oe(Backbone):
         own = torch.sigmoid(self.scenario_weight) * of_scenario
         logits = []
         for t, (gate, tower) in enumerate(zip(self.gates, self.towers, strict=True)):
-            share = torch.softmax(gate(e.detach(), groups), dim=1)
-            mixed = (share[:, :, None] * common).sum(dim=1)
+            mixed = mixture(gate(e.detach(), groups), common)
             logits.append(tower(mixed + own + torch.sigmoid(self.label_weight) * of_label[:, t], row, groups))
         return groups.restore(torch.cat(logits, dim=1))
 

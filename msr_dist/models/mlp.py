@@ -40,7 +40,7 @@ class Mlp(Backbone):
     def __init__(self, config: Config, schema: FeatureSchema) -> None:
         super().__init__()
         self.scenario = nn.Embedding(len(schema.scenarios), config.scenario_width)
-        self.mlp = MLP(sum(schema.group_widths().values()) + config.scenario_width, config.widths, config.dropout)
+        self.mlp = MLP(schema.input_width + config.scenario_width, config.widths, config.dropout)
         self.last = nn.Linear(self.mlp.out_width, len(schema.labels))
 
     def forward(self, inputs: Inputs) -> Tensor:

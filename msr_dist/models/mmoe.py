@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Rate, Width, Widths
-from msr_dist.models.layers import Experts, ScenarioGroups, ScenarioLinear, ScenarioTower
+from msr_dist.models.layers import Experts, ScenarioGroups, ScenarioLinear, ScenarioTower, mixture
 from msr_dist.schema import FeatureSchema
 
 
@@ -47,7 +47,7 @@ class Mmoe(Backbone):
     def __init__(self, config: Config, schema: FeatureSchema) -> None:
         super().__init__()
         self.scenarios = len(schema.scenarios)
-        width = sum(schema.group_widths().values())
+        width = schema.input_width
         self.experts = Experts(config.experts, width, config.widths, config.dropout)
         self.gates = nn.ModuleList(ScenarioLinear(self.scenarios, width, config.experts) for _ in schema.labels)
         self.towers = nn.ModuleList(
@@ -60,8 +60,8 @@ class Mmoe(Backbone):
         groups = ScenarioGroups.of(inputs.scenario, self.scenarios)
         row, x = groups.group(inputs.row), groups.group(inputs.joined())
         hidden = self.experts(x, row)
-        logits = []
-        for gate, tower in zip(self.gates, self.towers, strict=True):
-            share = torch.softmax(gate(x, groups), dim=1)
-            logits.append(tower((share[:, :, None] * hidden).sum(dim=1), row, groups))
+        logits = [
+            tower(mixture(gate(x, groups), hidden), row, groups)
+            for gate, tower in zip(self.gates, self.towers, strict=True)
+        ]
         return groups.restore(torch.cat(logits, dim=1))

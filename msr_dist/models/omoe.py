@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Rate, Width, Widths
-from msr_dist.models.layers import Experts, ScenarioGroups, ScenarioTower
+from msr_dist.models.layers import Experts, ScenarioGroups, ScenarioTower, mixture
 from msr_dist.schema import FeatureSchema
 
 
@@ -50,7 +50,7 @@ class Omoe(Backbone):
     def __init__(self, config: Config, schema: FeatureSchema) -> None:
         super().__init__()
         self.scenarios = len(schema.scenarios)
-        width = sum(schema.group_widths().values())
+        width = schema.input_width
         self.experts = Experts(config.experts, width, config.widths, config.dropout)
         self.gate = nn.Linear(width, config.experts)
         nn.init.zeros_(self.gate.bias)
@@ -63,6 +63,5 @@ class Omoe(Backbone):
         """Logits `[B, T]`."""
         groups = ScenarioGroups.of(inputs.scenario, self.scenarios)
         row, x = groups.group(inputs.row), groups.group(inputs.joined())
-        share = torch.softmax(self.gate(x), dim=1)
-        mixture = (share[:, :, None] * self.experts(x, row)).sum(dim=1)
-        return groups.restore(torch.cat([tower(mixture, row, groups) for tower in self.towers], dim=1))
+        hidden = mixture(self.gate(x), self.experts(x, row))
+        return groups.restore(torch.cat([tower(hidden, row, groups) for tower in self.towers], dim=1))

@@ -30,7 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Rate, Width, Widths
-from msr_dist.models.layers import Experts, ScenarioExperts, ScenarioGroups, ScenarioLinear, ScenarioTower
+from msr_dist.models.layers import Experts, ScenarioExperts, ScenarioGroups, ScenarioLinear, ScenarioTower, mixture
 from msr_dist.schema import FeatureSchema
 
 
@@ -75,7 +75,7 @@ class Ple(Backbone):
     def __init__(self, config: Config, schema: FeatureSchema) -> None:
         super().__init__()
         self.scenarios, experts = len(schema.scenarios), config.experts + config.shared_experts
-        in_widths = [sum(schema.group_widths().values()), *(widths[-1] for widths in config.levels)]
+        in_widths = [schema.input_width, *(widths[-1] for widths in config.levels)]
         self.levels = nn.ModuleList(
             Level(self.scenarios, config, i, widths) for i, widths in zip(in_widths, config.levels, strict=False)
         )
@@ -105,8 +105,3 @@ class Ple(Backbone):
             for gate, tower in zip(self.gates, self.towers, strict=True)
         ]
         return groups.restore(torch.cat(logits, dim=1))
-
-
-def mixture(scores: Tensor, hidden: Tensor) -> Tensor:
-    """`scores` `[B, E]`, `hidden` `[B, E, W]` -> `[B, W]`."""
-    return (torch.softmax(scores, dim=1)[:, :, None] * hidden).sum(dim=1)

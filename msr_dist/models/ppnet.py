@@ -25,6 +25,7 @@ Deviations:
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, final
 
 import torch
@@ -85,7 +86,7 @@ class GatedTowers(nn.Module):
         self, labels: int, in_width: int, widths: Sequence[int], prior_width: int, gate_width: int, dropout: float
     ) -> None:
         super().__init__()
-        shapes = zip([in_width, *widths], widths, strict=False)
+        shapes = pairwise([in_width, *widths])
         self.weights = nn.ParameterList(stacked_weight(labels, i, o) for i, o in shapes)
         self.biases = nn.ParameterList(torch.zeros(labels, width) for width in widths)
         self.gates = nn.ModuleList(GateNU(prior_width + in_width, gate_width, labels * width) for width in widths)
@@ -114,7 +115,7 @@ class Ppnet(Backbone):
         self.scenario = nn.Embedding(len(schema.scenarios), config.scenario_width)
         self.towers = GatedTowers(
             len(schema.labels),
-            sum(schema.group_widths().values()),
+            schema.input_width,
             config.widths,
             self.priors.width + config.scenario_width,
             config.gate_width,

@@ -42,7 +42,7 @@ class SharedBottom(Backbone):
     def __init__(self, config: Config, schema: FeatureSchema) -> None:
         super().__init__()
         self.scenarios = len(schema.scenarios)
-        self.bottom = MLP(sum(schema.group_widths().values()), config.widths, config.dropout)
+        self.bottom = MLP(schema.input_width, config.widths, config.dropout)
         self.tower = ScenarioTower(
             self.scenarios, self.bottom.out_width, config.tower_widths, len(schema.labels), config.dropout
         )

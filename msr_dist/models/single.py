@@ -10,6 +10,8 @@ them, in batches of its share of the batch size, as often.
 - Each backbone is built for a schema with one scenario.
 - `adapt` gives every table a vector per id and scenario, so the tables are as many times larger.
 - A row costs one backbone, whatever the number of scenarios.
+- What differs from S runs of their own: gradients are divided by the rows of all scenarios, which Adam and Adagrad do
+  not notice, and a batch without rows of a scenario still is a step of its optimizer (moments and weight decay go on).
 """
 
 from dataclasses import replace
@@ -62,9 +64,10 @@ class Single(Backbone):
     def objective(self, inputs: Inputs) -> Objective:
         """Each row's objective under its own scenario's backbone."""
         groups = ScenarioGroups.of(inputs.scenario, len(self.backbones))
+        # Grouped once: rows picked for each scenario would each have a gradient of the whole batch's size.
+        grouped = inputs.take(groups.order).split(groups.sizes)
         parts = []
-        for backbone, rows in zip(self.backbones, groups.order.split_with_sizes(groups.sizes), strict=True):
-            own = inputs.take(rows)
+        for backbone, own in zip(self.backbones, grouped, strict=True):
             assert isinstance(backbone, Backbone)
             parts.append(backbone.objective(replace(own, scenario=torch.zeros_like(own.scenario))))
 

@@ -20,6 +20,7 @@ Deviations:
 - Dropout, off by default.
 """
 
+from itertools import pairwise
 from typing import Literal, final
 
 import torch
@@ -55,8 +56,8 @@ class Star(Backbone):
     def __init__(self, config: Config, schema: FeatureSchema) -> None:
         super().__init__()
         self.scenarios, labels = len(schema.scenarios), len(schema.labels)
-        width = sum(schema.group_widths().values())
-        shapes = zip([width, *config.widths], config.widths, strict=False)
+        width = schema.input_width
+        shapes = pairwise([width, *config.widths])
         self.norm = ScenarioNorm(self.scenarios, width)
         self.hidden = nn.ModuleList(StarLinear(self.scenarios, i, o) for i, o in shapes)
         self.dropouts = nn.ModuleList(Dropout(config.dropout) for _ in config.widths)
