@@ -16,6 +16,7 @@ from msr_dist.data.loader import Loader, LoaderConfig
 from msr_dist.data.order import Order
 from msr_dist.data.parquet import ParquetSource
 from msr_dist.distributed import open_world
+from msr_dist.models.base import BackboneConfig
 from msr_dist.models.mmoe import Config as Mmoe
 from msr_dist.optim import DenseOptimizer, Schedule, SparseOptimizer
 from msr_dist.parallel import ParallelConfig, TableSharding, shard
@@ -113,3 +114,34 @@ def train_steps(job: Training) -> None:
             (job.folder / "losses.json").write_text(json.dumps(losses))
             rows = {name: weights[0].float().tolist() for name, weights, _, _ in sharded.table_shards()}
             (job.folder / "weights.json").write_text(json.dumps(rows))
+
+
+@dataclass(frozen=True)
+class EveryModel:
+    """A few steps of every model, as `train_every_model` does them."""
+
+    data: Path
+    folder: Path
+    configs: tuple[BackboneConfig, ...]
+
+
+def train_every_model(job: EveryModel) -> None:
+    """Leave the losses of each model's steps in losses-WORLD_SIZE.json."""
+    embeddings = EmbeddingsConfig(features={"history": FeatureOverride(pooling="attention")})
+    losses: list[list[float]] = []
+    with open_world() as world:
+        for config in job.configs:
+            schema = config.adapt(embeddings.apply(canonical.schema(scenarios=5)))
+            source = ParquetSource(job.data / "train", schema)
+            order = Order(tuple(group.rows for group in source.row_groups), 6, 30, seed=1, window_rows=600)
+            torch.manual_seed(0)
+            model = Recommender(schema, config.build(schema), embeddings)
+            layouts = ParallelConfig(sharding=("row_wise",))
+            reserved = model.reserved_rows(schema)
+            sharded = shard(model, layouts, SparseOptimizer(), DenseOptimizer(), world, 15, seed=1, reserved=reserved)
+            batches = Loader(source, schema, order, world.rank, world.world_size, LoaderConfig()).batches(0, 8)
+            pipeline = TrainPipelineSparseDist(sharded.model, sharded.optimizer, world.device, execute_all_batches=True)
+            found = [world.sum(pipeline.progress(batches).loss.double()).item() for _ in range(8)]
+            losses.append([loss / world.world_size for loss in found])
+        if world.rank == 0:
+            (job.folder / f"losses-{world.world_size}.json").write_text(json.dumps(losses))

@@ -147,3 +147,17 @@ def test_vectors_for_each_scenario():
     rows = {table.name: table.num_embeddings for table in model.embeddings.embedding_bag_configs()}
     assert rows == {"users": 3 * canonical.USERS, "items_": canonical.ITEMS, "tags": canonical.TAGS}
     assert model.reserved_rows(schema) == {"users": 3 * canonical.USERS, "items_": 1, "tags": 1}
+
+
+@pytest.mark.parametrize("logit", [0.0, -30.0, 30.0, 200.0, -200.0])
+def test_a_stand_in_that_is_sure_is_still_a_number(logit):
+    class Sure(Backbone):
+        def forward(self, inputs: Inputs) -> Tensor:
+            return torch.full((len(inputs.scenario), 2), logit)
+
+    rows = (0, 333, 667)
+    scenarios = [s.model_copy(update={"rows": n}) for s, n in zip(canonical.schema().scenarios, rows, strict=True)]
+    schema = canonical.schema().model_copy(update={"scenarios": tuple(scenarios)})
+    head = Head(schema, Sure()).eval()
+    logits = head(embedded(["user", "item", "history", "tags"]), None, batch())[1].logits
+    torch.testing.assert_close(logits, torch.full((2, 2), logit))

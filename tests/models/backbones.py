@@ -32,7 +32,9 @@ def schema(labels: int = 1, scenarios: int = SCENARIOS) -> FeatureSchema:
 
 
 def config(kind: str, **settings: Any) -> Any:
-    """The default settings of `kind`, and those of `settings` that it knows."""
+    """The default settings of `kind`, and those of `settings` that it knows; `single` hands them to what it wraps."""
+    if kind == "single" and "backbone" not in settings:
+        settings = {"backbone": config("mlp", **settings)}
     cls = kind_config("msr_dist.models", kind)
     return cls(**{"kind": kind} | {name: value for name, value in settings.items() if name in cls.model_fields})
 
@@ -63,6 +65,12 @@ def take(batch: Inputs, index: Any) -> Inputs:
     """Some rows of `batch`, as leaves of their own."""
     groups = {name: x.detach()[index].requires_grad_() for name, x in batch.groups.items()}
     return Inputs(groups, batch.scenario[index], batch.row[index])
+
+
+def listed_schema() -> FeatureSchema:
+    """The schema with a list of items that attention reads."""
+    clicks = Feature(name="clicks", table="item", group="user", pooling="attention")
+    return schema().model_copy(update={"features": (*schema().features, clicks)})
 
 
 def train(model: Backbone, batch: Inputs, steps: int = 3) -> Backbone:

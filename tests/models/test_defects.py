@@ -78,11 +78,13 @@ def test_no_gradient_crosses_from_row_to_row(kind):
 @every_kind
 def test_rows_of_other_scenarios_change_nothing_in_training(kind):
     """A norm over all rows, as in towers that compute every row and mask afterwards, would let them."""
+    if kind == "adaptdhm":
+        pytest.skip("its paper routes a row by what all rows of the batch are like")
     batch = mixed(60)
     own = batch.scenario == 4
     assert own.sum() > 2
     groups = {name: torch.where(own[:, None], x, 3 * x + 1).detach() for name, x in batch.groups.items()}
-    found, moved = (build(kind)(some)[own] for some in (batch, replace(batch, groups=groups)))
+    found, moved = (train(build(kind), mixed(60))(some)[own] for some in (batch, replace(batch, groups=groups)))
     torch.testing.assert_close(moved, found, atol=1e-6, rtol=0)
 
 

@@ -1,16 +1,16 @@
+import pytest
 import torch
 from backbones import SCENARIOS, build, config, mixed, schema, take
 
-from msr_dist.models.mlp import Config as Mlp
 
-
-def test_each_scenario_has_the_plain_network_to_itself():
-    model, batch = build("single", labels=2), mixed(60)
+@pytest.mark.parametrize("kind", ["mlp", "star", "adaptdhm", "hinet"])
+def test_each_scenario_has_a_model_to_itself(kind):
+    model, batch = build("single", labels=2, backbone=config(kind)), mixed(60)
     logits = model(batch)
     for scenario in (0, 7, SCENARIOS - 1):
         rows = (batch.scenario == scenario).nonzero().squeeze(1)
-        alone = Mlp().build(schema(labels=2, scenarios=1))
-        alone.load_state_dict(model.backbones[scenario].state_dict())
+        alone = config(kind).build(schema(labels=2, scenarios=1))
+        alone.load_state_dict(build("single", labels=2, backbone=config(kind)).backbones[scenario].state_dict())
         own = take(batch, rows)
         own.scenario.zero_()
         torch.testing.assert_close(logits[rows], alone(own))

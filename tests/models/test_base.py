@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from msr_dist.models.base import Behaviours, Inputs, Objective
+
+
+def inputs() -> Inputs:
+    lists = Behaviours(torch.randn(5, 2, 3), torch.rand(5, 2) < 0.5, torch.randn(5, 3))
+    groups = {"user": torch.randn(5, 4), "item": torch.randn(5, 2)}
+    return Inputs(groups, torch.tensor([2, 0, 1, 0, 2]), torch.arange(5) + 10, {"clicks": lists})
+
+
+def assert_rows(part: Inputs, whole: Inputs, rows: list[int]) -> None:
+    for name in ("scenario", "row"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
+    assert torch.equal(part.joined(), whole.joined()[rows])
+    for name in ("vectors", "present", "target"):
+        assert torch.equal(getattr(part.behaviours["clicks"], name), getattr(whole.behaviours["clicks"], name)[rows])
+
+
+def test_parts_of_inputs_are_their_rows():
+    whole = inputs()
+    some = whole.take(torch.tensor([4, 0, 3, 1]))
+    assert_rows(some, whole, [4, 0, 3, 1])
+    for part, rows in zip(some.split([1, 0, 3]), ([4], [], [0, 3, 1]), strict=True):
+        assert_rows(part, whole, rows)
+
+
+def test_an_objective_weighs_rows_and_adds_penalties_where_a_row_counts():
+    logits, labels = torch.tensor([[0.0], [2.0], [-1.0]]), torch.tensor([[1.0], [0.0], [1.0]])
+    weights = torch.tensor([[1.0], [3.0], [0.0]])
+    entropy = [0.6931472, 2.1269280]
+    assert Objective(logits).loss(labels, weights).item() == pytest.approx(entropy[0] + 3 * entropy[1])
+    whole = Objective(logits, weight=torch.tensor([2.0, 0.5, 9.0]), penalty=torch.tensor([0.25, 0.5, 100.0]))
+    expected = 2 * entropy[0] + 0.5 * 3 * entropy[1] + 0.75
+    assert whole.loss(labels, weights).item() == pytest.approx(expected)
