@@ -30,11 +30,13 @@ label's weight column. What follows, for data that do not tell, is OURS:
 - This reads all scenarios: `B * S` times the width of the item's group. F is no scenario's own; it compares them.
 
 The paper leaves open, and this does:
+- All else than the coefficient is from summaries and public code, not from the paper's print.
 - The interest's weights are the product of the two softmax attentions, normalised again.
 - alpha starts at 1, beta and biases of stacked layers at 0. The experts' last biases stand outside of the gate.
 
 Deviations:
 - Behaviours have no scenarios of their own in the data, so the scenario attends to the behaviour itself.
+- x holds each list as well, pooled by DIN's attention, as it does for every model: see `Inputs.behaviours`.
 - With T labels the experts end in T outputs.
 - No batch normalisation, so that a prediction depends on its row alone. Dropout, off by default.
 """
@@ -178,7 +180,8 @@ class Sarnet(Backbone):
         if not self.training:
             return Objective(logits)
         weight, penalty = self.fairness(groups.group(inputs.groups[self.item]), row, groups)
-        return Objective(logits, groups.restore(weight), groups.restore(penalty))
+        # The classifier's gradient without its value, so that the loss that is shown is that of the labels.
+        return Objective(logits, groups.restore(weight), groups.restore(penalty - penalty.detach()))
 
     def _logits(self, x: Tensor, row: Tensor, groups: ScenarioGroups) -> Tensor:
         """`[B, D']` -> `[B, T]`, both grouped."""
