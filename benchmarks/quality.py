@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,9 @@ from msr_dist.launch import log_to_stderr  # noqa: E402
 from msr_dist.progress import Progress  # noqa: E402
 
 if TYPE_CHECKING:
-    from quality_grid import Case, DataConfig, Grid
+    from quality_grid import Case, DataConfig, Grid, Outcome
 
     from msr_dist.tracking import TrackingConfig
-
-    Outcome = tuple[Case, dict[str, Any] | Exception]
 
 _PATH = click.Path(path_type=Path)
 
@@ -42,7 +40,11 @@ def main() -> None:
     \b
     A grid first searches hyper-parameters, with the same few trials for every model and judged on the valid split
     alone, then runs every model with its best trial's settings and several seeds, judged on the test split.
-    Results are lines under benchmarks/results/GRID/; what stands there is not run again.
+    Results are lines under benchmarks/results/GRID/; what stands there is not run again, a run that failed neither.
+    To have one run again, delete its line.
+
+    A line stands for all settings and for the data, but not for the code: after a change of a model, delete its lines.
+    The report says of which commits they are.
 
     \b
     Examples:
@@ -69,15 +71,22 @@ def run(
     models: tuple[str, ...],
     results: Path | None,
 ) -> None:
-    """Run what is missing of GRID, each run on one core. Broken off, the same command goes on."""
-    with _told():
+    """Run what is missing of GRID, each run on one core. Broken off, the same command goes on.
+
+    Two processes may run the same grid on different data sets (--data).
+    """
+    with _told(), ExitStack() as stack:
         from quality_grid import RESULTS, Grid
 
         opened = Grid(grid, results or RESULTS)
         chosen_data = [each for each in opened.config.data if each.name in _known(datas, opened.config.data)]
         chosen_models = [name for name in opened.config.models if name in _known(models, opened.config.models)]
         for each in chosen_data:
-            each.require()
+            each.require(["train", "valid"] if only == "search" else ["train", "valid", "test"])
+        for each in chosen_data:
+            stack.enter_context(opened.locked(each.name))
+            for odd in opened.odd(each.name):
+                click.echo(f"skipped: {odd}", err=True)
         failed: list[str] = []
         with _executor(0 if local else workers) as outcomes:
             for name, cases in _phases(opened, chosen_data, chosen_models, only):
@@ -92,7 +101,10 @@ def run(
 @click.argument("grid", type=_PATH)
 @click.option("--results", type=_PATH, help="Where the results are; by default benchmarks/results.")
 def report(grid: Path, results: Path | None) -> None:
-    """Write tables and plots of all results of GRID beside them."""
+    """Write tables and plots beside the results of GRID: README.md, and search.md of its trials.
+
+    Of all lines only those that today's grid would make are shown; the others are counted, with the reason.
+    """
     with _told():
         from quality_grid import RESULTS, Grid
         from quality_report import write_report
@@ -105,35 +117,56 @@ def _phases(
 ) -> "Iterator[tuple[str, list[Case]]]":
     """Breadth first: all searches, then one seed of everything after the other, so that half a grid is a fair table."""
     if only != "final":
-        yield "search", [case for data in datas for model in models for case in grid.trials(data, model)]
+        yield (
+            "search",
+            [case for data in datas for search in grid.search(data, models).values() for case in search.cases],
+        )
     if only == "search":
         return
     for seed in grid.config.seeds:
-        cases = [case for data in datas for case in grid.finals(data, models, seed)]
+        cases = [case for data in datas for case in grid.finals(data, models, [seed])]
         if left := len(datas) * len(models) - len(cases):
-            click.echo(f"seed {seed}: {left} runs wait for a trial of their model (--only search makes them)", err=True)
+            click.echo(f"seed {seed}: {left} runs have to wait for all trials of their model (--only search)", err=True)
         yield f"seed {seed}", cases
 
 
 def _work(grid: "Grid", name: str, cases: "list[Case]", outcomes: Any) -> list[str]:
-    """Run those of `cases` that have no result yet; why some failed."""
-    stand = {case.data: set(grid.lines(case.data, case.run.evaluation.final)) for case in cases}
-    missing = [case for case in cases if case.key not in stand[case.data]]
+    """Run those of `cases` that have no line yet; why some failed, now or earlier."""
+    from quality_grid import Failure, Result
+
+    commit, failed, missing = _commit(), [], []
+    lines = {case.data: grid.lines(case.data, case.run.evaluation.final) for case in cases}
+    for case in cases:
+        line = lines[case.data].get(case.key)
+        if line is None:
+            missing.append(case)
+        elif isinstance(line, Failure):
+            failed.append(f"{case.run.name}: {line.failed}, at {line.commit} ({_retry(grid, case)})")
     click.echo(f"{name}: {len(cases) - len(missing)} of {len(cases)} runs stand already", err=True)
     if tracked := [case for case in missing if case.run.tracking.enabled]:
         _make_store(tracked[0].run.tracking, tracked[0].run.runs, grid.file)
-    commit, failed = _commit(), []
     progress = Progress(name, len(missing), unit="run")
-    outcome: dict[str, Any] | Exception
+    outcome: Outcome | Exception
     for case, outcome in outcomes(missing):
         if isinstance(outcome, Exception):
-            failed.append(f"{case.run.name}: {_line(outcome)}")
+            reason = _line(outcome)
+            # A full disk or a worker that was killed says nothing of the run: it is tried again.
+            lost = isinstance(outcome, OSError | MemoryError)
+            if not lost:
+                grid.record(case, {"failed": reason, "commit": commit})
+            retry = "the same command tries it again" if lost else _retry(grid, case)
+            failed.append(f"{case.run.name}: {reason} ({retry})")
             progress.advance(values={case.run.name: "failed"})
         else:
-            grid.record(case, outcome | {"commit": commit})
-            progress.advance(values={case.run.name: f"{grid.judged(outcome):.4f}"})
+            line = grid.record(case, outcome | {"commit": commit})
+            assert isinstance(line, Result)
+            progress.advance(values={case.run.name: f"{grid.judged(line):.4f}"})
     progress.close()
     return failed
+
+
+def _retry(grid: "Grid", case: "Case") -> str:
+    return f"to try again, delete its line {case.key!r} from {grid.file_of(case.data, case.run.evaluation.final)}"
 
 
 @cache
@@ -161,15 +194,16 @@ def _executor(workers: int) -> Iterator[Any]:
         uri = case.run.tracking.resolved_uri(case.run.runs)
         return text_of(case, folder, uri)
 
-    def here(cases: "list[Case]") -> "Iterator[Outcome]":
+    def here(cases: "list[Case]") -> "Iterator[tuple[Case, Outcome | Exception]]":
         for case in cases:
             try:
                 yield case, execute(text(case))
             except Exception as error:  # noqa: BLE001 - told at the end; the other runs are worth having
                 yield case, error
 
-    def on_ray(cases: "list[Case]") -> "Iterator[Outcome]":
+    def on_ray(cases: "list[Case]") -> "Iterator[tuple[Case, Outcome | Exception]]":
         import ray
+        from ray.exceptions import RayError
 
         remote = ray.remote(num_cpus=1, max_retries=0)(execute)
         waiting = list(reversed(cases))
@@ -181,8 +215,11 @@ def _executor(workers: int) -> Iterator[Any]:
             for done in ray.wait(list(running))[0]:
                 try:
                     yield running[done], ray.get(done)
-                except Exception as error:  # noqa: BLE001
-                    yield running[done], error
+                except RayError as error:
+                    # Ray wraps what the run has raised; where it wraps nothing, the worker itself is gone.
+                    cause = getattr(error, "cause", None)
+                    lost = OSError(f"its worker is lost: {_line(error)}")
+                    yield running[done], cause if isinstance(cause, Exception) else lost
                 del running[done]
 
     log_to_stderr()
@@ -240,22 +277,24 @@ def _told() -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    """What went wrong in one line; Ray wraps it into traceback."""
-    cause = getattr(error, "cause", None) or error
-    text = str(cause).strip()
-    return f"{type(cause).__name__}: {text.splitlines()[0]}" if text else type(cause).__name__
+    """What went wrong in one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
+@cache
 def _commit() -> str:
-    """The commit that is measured."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
+    """The commit that is measured; -dirty where the code is not the commit's, whatever results stand beside it."""
+
+    def git(*words: str) -> str:
+        # Without the lock that even reading commands take to refresh the index: others work in the checkout.
+        command = ["git", "--no-optional-locks", *words]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ":/msr_dist", ":/benchmarks/*.py")
+    commit = git("describe", "--always")
+    return f"{commit}-dirty" if commit and changed else commit or "unknown"
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ A grid (TOML) crosses models, data sets and seeds. Its results are JSON lines th
     results/GRID/DATA-search.jsonl     a line per trial, judged on the valid split
     results/GRID/DATA.jsonl            a line per final run, judged on the test split
 
-A line holds all settings that decide the result. It stands for a run as long as these, read by today's code, are the
-run's own: a setting that is new since, with a default, repeats nothing; a default that has changed repeats all.
+A line holds all settings that decide the result, and a digest of the data. It stands for a run as long as these, read
+by today's code, are the run's own: a setting that is new since, with a default, repeats nothing; a default that has
+changed repeats all. The code is no part of it: after a change of a model its lines stand until someone deletes them,
+and the report says of which commits they are. A run that has failed leaves a line with the reason instead.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,27 +20,75 @@ import shutil
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, Self
 
-import pyarrow.parquet as pq
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from msr_dist.config import Config, dump, load, merge, parse
+from msr_dist.data.parquet import ParquetSource
 from msr_dist.evaluate import metrics_file
 from msr_dist.models.base import BackboneConfig
 from msr_dist.recommender import Recommender
 from msr_dist.run import RunConfig
-from msr_dist.schema import FeatureSchema
+from msr_dist.schema import SCHEMA_FILE, FeatureSchema
 from msr_dist.tracking import VALUES_FILE
 from msr_dist.train import train
 
 RESULTS = Path(__file__).parent / "results"
 Split = Literal["valid", "test"]
-Line = dict[str, Any]
+SPLITS: tuple[Split, ...] = ("valid", "test")
+SEARCHABLE = ("loader", "embeddings", "model", "stages")
+Outcome = dict[str, Any]
 Value = bool | int | float | str
+
+
+class _Stored(BaseModel):
+    """Base of what a line of results holds; what is not needed here, such as a metric that is new since, is allowed."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Block(_Stored):
+    """Metrics of some rows; None where the rows define none."""
+
+    rows: int
+    auc: float | None
+    log_loss: float | None
+    calibration: float | None
+    user_auc: float | None
+
+
+class Line(_Stored):
+    """What a run has left: which run it was, of which settings, data and code."""
+
+    model: str
+    data: str
+    seed: int
+    chosen: dict[str, Value]
+    commit: str
+    data_digest: str
+    settings: dict[str, Any]
+
+
+class Result(Line):
+    """The line of a run that has come to its end."""
+
+    overall: Block
+    scenarios: dict[str, Block]
+    dense_parameters: int
+    samples_per_second: float
+
+
+class Failure(Line):
+    """The line of a run that has failed, and would fail again."""
+
+    failed: str
+    """The reason."""
 
 
 class DataConfig(Config):
@@ -56,22 +107,37 @@ class DataConfig(Config):
     space: dict[str, tuple[Value, ...]] = {}
     """What the search tries on these data besides."""
 
-    def require(self) -> None:
-        """ValueError where the data are not there."""
-        if not (self.folder / "schema.toml").is_file():
+    @property
+    def here(self) -> bool:
+        """Whether the data are on this machine."""
+        return (self.folder / SCHEMA_FILE).is_file()
+
+    def require(self, splits: Sequence[str]) -> None:
+        """ValueError where the data are not there, or one of `splits` is absent or has a damaged file."""
+        if not self.here:
             raise ValueError(f"data set {self.name}: no data in {self.folder}; make them: {self.prepare}")
+        try:
+            schema = FeatureSchema.read(self.folder)
+            for split in splits:
+                ParquetSource(self.folder / split, schema)
+        except ValueError as error:
+            raise ValueError(f"data set {self.name}: {error}; the command was: {self.prepare}") from None
 
     def digest(self) -> str:
-        """What tells these data from others: rows, tables, columns and scenarios. The test split is not looked at."""
-        schema = FeatureSchema.read(self.folder)
-        parts: list[Any] = [
-            [pq.read_metadata(file).num_rows for file in sorted((self.folder / split).glob("*.parquet"))]
-            for split in ("train", "valid")
+        """What tells these data from others: schema, and every byte of the train and valid splits.
+
+        The test split is not opened: trials must not know it. It comes of the same preparation as the others.
+        """
+        # Without defaults, so that a key that schemas have since, with a default, makes no other data of them.
+        schema = FeatureSchema.read(self.folder).model_dump(mode="json", exclude_defaults=True)
+        for scenario in schema["scenarios"]:
+            # For people: no model of the package reads it.
+            scenario.pop("text", None)
+        files = [
+            [_content(file, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.parquet"))]
+            for folder in (self.folder / "train", self.folder / "valid")
         ]
-        parts += [[table.name, table.rows] for table in schema.tables]
-        for named in (schema.labels, schema.scenarios, schema.features, schema.numerics):
-            parts.append([each.name for each in named])
-        return _digest(parts)
+        return _digest([schema, files])
 
 
 class SearchConfig(Config):
@@ -121,6 +187,9 @@ class GridConfig(Config):
         for space in (self.search.space, *(data.space for data in self.data)):
             if empty := [key for key, values in space.items() if not values]:
                 raise ValueError(f"space.{empty[0]} has no values to choose from")
+            # Another key would decide nothing that a line keeps, or even have trials judged on the test split.
+            if managed := [key for key in space if key.partition(".")[0] not in SEARCHABLE]:
+                raise ValueError(f"space.{managed[0]}: the space may hold keys of {', '.join(SEARCHABLE)}")
         names = [data.name for data in self.data]
         for what, given in (("data", names), ("seeds", self.seeds)):
             if len(set(given)) < len(given):
@@ -146,10 +215,44 @@ class Case:
         """Names everything that decides the result."""
         return _key(self.model, self.data_digest, _settings(self.run))
 
-    def line(self, outcome: Line) -> Line:
-        """The result line for what `execute` has returned."""
+    def line(self, outcome: Outcome) -> Outcome:
+        """The line for what `execute` has returned, or for {"failed": reason}."""
         named = {"model": self.model, "data": self.data, "seed": self.run.seed, "chosen": self.chosen}
         return named | outcome | {"data_digest": self.data_digest, "settings": _settings(self.run), "key": self.key}
+
+
+@dataclass(frozen=True)
+class Search:
+    """The trials of one model on one data set, and what has come of them."""
+
+    drawn: Sequence[Case]
+    """One for each draw: those that differ in a setting which the model lacks are the same run."""
+    lines: Mapping[str, Line]
+    """By the keys of the cases."""
+
+    @property
+    def cases(self) -> list[Case]:
+        """Every run once."""
+        return list({case.key: case for case in self.drawn}.values())
+
+    @property
+    def results(self) -> list[Result]:
+        """Of the trials that have come to their end."""
+        return [line for case in self.cases if isinstance(line := self.lines.get(case.key), Result)]
+
+    @property
+    def failed(self) -> int:
+        """The number of trials that failed."""
+        return sum(isinstance(self.lines.get(case.key), Failure) for case in self.cases)
+
+    @property
+    def over(self) -> bool:
+        """Whether no trial is to come."""
+        return all(case.key in self.lines for case in self.cases)
+
+    def __str__(self) -> str:
+        failed = f" ({self.failed} failed)" if self.failed else ""
+        return f"{len(self.results)} of {len(self.cases)}{failed}"
 
 
 class Grid:
@@ -169,37 +272,47 @@ class Grid:
                         for value in values:
                             self._run(data, model, 0, "valid", {place: value})
 
-    def trials(self, data: DataConfig, model: str) -> list[Case]:
-        """The runs of a model's search."""
-        seed, digest = self.config.search.seed, data.digest()
-        cases = []
-        for trial in self.config.search.draw(data):
-            run = self._run(data, model, seed, "valid", {})
-            chosen = {place: value for key, value in trial.items() if (place := _place(run, key))}
-            cases.append(Case(model, data.name, digest, self._run(data, model, seed, "valid", chosen), chosen))
-        # Trials that differ in a setting which the model lacks are one.
-        return list({case.key: case for case in cases}.values())
-
-    def finals(self, data: DataConfig, models: Sequence[str], seed: int) -> list[Case]:
-        """The final runs with the settings of each model's best trial; without those of which no trial stands."""
-        digest, lines = data.digest(), self.lines(data.name, "valid")
-        cases = []
+    def search(self, data: DataConfig, models: Sequence[str]) -> dict[str, Search]:
+        """The trials of each model."""
+        seed, digest, lines = self.config.search.seed, self.digest(data), self.lines(data.name, "valid")
+        searches = {}
         for model in models:
-            chosen: dict[str, Value] = {}
-            if trials := self.trials(data, model):
-                judged = [line for case in trials if (line := lines.get(case.key))]
-                if not judged:
-                    continue
-                chosen = max(judged, key=self.judged)["chosen"]
-            cases.append(Case(model, data.name, digest, self._run(data, model, seed, "test", chosen), chosen))
-        return cases
+            cases = []
+            for trial in self.config.search.draw(data):
+                run = self._run(data, model, seed, "valid", {})
+                chosen = {place: value for key, value in trial.items() if (place := _place(run, key))}
+                cases.append(Case(model, data.name, digest, self._run(data, model, seed, "valid", chosen), chosen))
+            searches[model] = Search(cases, lines)
+        return searches
 
-    def judged(self, line: Line) -> float:
+    def finals(self, data: DataConfig, models: Sequence[str], seeds: Sequence[int]) -> list[Case]:
+        """The final runs with the settings of each model's best trial, seed by seed.
+
+        A model whose search is not over has none: another best trial could still come. Nor has one without any trial
+        that has come to its end.
+        """
+        digest, cases = self.digest(data), []
+        for model, search in self.search(data, models).items():
+            chosen: dict[str, Value] = {}
+            if search.cases:
+                if not search.over or not search.results:
+                    continue
+                chosen = max(search.results, key=self.judged).chosen
+            cases += [
+                Case(model, data.name, digest, self._run(data, model, seed, "test", chosen), chosen) for seed in seeds
+            ]
+        return sorted(cases, key=lambda case: seeds.index(case.run.seed))
+
+    def digest(self, data: DataConfig) -> str:
+        """That of the data; where they are not on this machine, of those that its newest line is of."""
+        if data.here:
+            return data.digest()
+        lines = [line for split in SPLITS for line in read_lines(self.file_of(data.name, split))[0]]
+        return lines[-1].data_digest if lines else ""
+
+    def judged(self, line: Result) -> float:
         """The AUC by which this grid compares."""
-        overall: float | None = line["overall"]["auc"]
-        if self.config.judge == "overall":
-            return overall or 0.0
-        return scenario_auc(line)
+        return line.overall.auc or 0.0 if self.config.judge == "overall" else scenario_auc(line)
 
     def file_of(self, data: str, split: Split) -> Path:
         """Where the results stand that were judged on `split`."""
@@ -207,18 +320,47 @@ class Grid:
 
     def lines(self, data: str, split: Split) -> dict[str, Line]:
         """Results by the keys that they have under today's code; a line whose settings are no longer known is none."""
-        return {key: line for line in read_lines(self.file_of(data, split)) if (key := _key_of_line(line))}
+        return {key: line for line in read_lines(self.file_of(data, split))[0] if (key := key_of(line))}
 
-    def record(self, case: Case, outcome: Line) -> None:
-        """Add a result; it is on the disk when this returns."""
+    def odd(self, data: str) -> list[str]:
+        """Places in the files of a data set that hold no line of results."""
+        return [place for split in SPLITS for place in read_lines(self.file_of(data, split))[1]]
+
+    @contextmanager
+    def locked(self, data: str) -> Iterator[None]:
+        """Keep the results of a data set for this process; ValueError where another one has them."""
+        file = self.file_of(data, "test")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with open(file, "ab") as out:
+                try:
+                    fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ValueError(
+                        f"another process runs {self.file} on {data}: wait for it, or choose other data sets by --data"
+                    ) from None
+                if not file.exists() or os.fstat(out.fileno()).st_ino != file.stat().st_ino:
+                    # The process that held it has just taken the empty file away.
+                    continue
+                try:
+                    yield
+                finally:
+                    if file.exists() and not file.stat().st_size:
+                        file.unlink()
+                return
+
+    def record(self, case: Case, outcome: Outcome) -> Line:
+        """Add what came of a run; it is on the disk when this returns."""
         file = self.file_of(case.data, case.run.evaluation.final)
         file.parent.mkdir(parents=True, exist_ok=True)
         torn = file.exists() and not file.read_bytes().endswith(b"\n")
-        text = ("\n" if torn and file.stat().st_size else "") + json.dumps(case.line(outcome)) + "\n"
-        # One write to a file opened for appending: lines of two grids that run at once do not mix.
+        line = case.line(outcome)
+        text = ("\n" if torn and file.stat().st_size else "") + json.dumps(line) + "\n"
+        # One write to a file opened for appending: whatever else writes there, lines do not mix.
         with open(file, "ab", buffering=0) as out:
             out.write(text.encode())
             os.fsync(out.fileno())
+        return _line(line)
 
     def _run(self, data: DataConfig, model: str, seed: int, final: Split, chosen: Mapping[str, Value]) -> RunConfig:
         own = {"kind": model} | self.config.models[model]
@@ -235,7 +377,7 @@ class Grid:
         return parse(RunConfig, raw, where=f"{self.file}: {model} on {data.name}")
 
 
-def execute(text: str) -> Line:
+def execute(text: str) -> Outcome:
     """Train the run that `text` configures, here and now, and return what it was worth; its folder is deleted."""
     run = parse(RunConfig, tomllib.loads(text), where="the grid's run")
     run.claim_folder()
@@ -267,21 +409,35 @@ def text_of(case: Case, runs: Path, tracking_uri: str) -> str:
     return dump(case.run.model_copy(update={"runs": runs, "tracking": tracking}))
 
 
-def scenario_auc(line: Line) -> float:
+def scenario_auc(line: Result) -> float:
     """Mean of the scenarios' AUCs by their rows; those whose rows define none are left out."""
-    known = [block for block in line["scenarios"].values() if block["auc"] is not None]
-    rows = sum(block["rows"] for block in known)
-    return sum(block["auc"] * block["rows"] for block in known) / rows if rows else 0.0
+    known = [(block.auc, block.rows) for block in line.scenarios.values() if block.auc is not None]
+    rows = sum(count for _, count in known)
+    return sum(auc * count for auc, count in known) / rows if rows else 0.0
 
 
-def read_lines(file: Path) -> Iterator[Line]:
-    """The whole lines of a file of results; the rest of one that was cut off is skipped."""
-    for text in file.read_text().splitlines() if file.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
+def read_lines(file: Path) -> tuple[list[Line], list[str]]:
+    """The lines of a file of results, and in words the places that hold none, such as one that was cut off."""
+    lines: list[Line] = []
+    odd = []
+    for number, text in enumerate(file.read_bytes().split(b"\n") if file.exists() else (), start=1):
+        if not text.strip():
             continue
-        yield line
+        try:
+            lines.append(_line(json.loads(text)))
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"]))
+            odd.append(f"{file}:{number}: no line of results ({': '.join(filter(None, (where, fault['msg'])))})")
+        except ValueError:
+            odd.append(f"{file}:{number}: no whole line of JSON")
+    return lines, odd
+
+
+def _line(raw: Any) -> Line:
+    """The line in what JSON holds; ValidationError where it is none."""
+    kind = Failure if isinstance(raw, dict) and "failed" in raw else Result
+    return kind.model_validate(raw)
 
 
 def _place(run: RunConfig, key: str) -> str | None:
@@ -299,22 +455,30 @@ def _place(run: RunConfig, key: str) -> str | None:
 
 def _settings(run: RunConfig) -> dict[str, Any]:
     """What decides a run's losses; the data are told by their digest."""
-    settings = run.model_dump(mode="json", include={"seed", "loader", "embeddings", "model", "stages"})
+    settings = run.model_dump(mode="json", include={"seed", *SEARCHABLE})
     for unimportant in ("threads", "prefetch"):
         settings["loader"].pop(unimportant, None)
     return settings
 
 
-def _key_of_line(line: Line) -> str | None:
+def key_of(line: Line) -> str | None:
+    """The key that a line has under today's code; None where its settings are no longer known."""
     try:
-        run = parse(RunConfig, {"name": "stored", "data": "."} | line["settings"], where="stored")
-        return _key(line["model"], line["data_digest"], _settings(run))
-    except (ValueError, KeyError, TypeError):
+        run = parse(RunConfig, {"name": "stored", "data": "."} | line.settings, where="stored")
+    except ValueError:
         return None
+    return _key(line.model, line.data_digest, _settings(run))
 
 
 def _key(model: str, data_digest: str, settings: Mapping[str, Any]) -> str:
     return _digest([model, data_digest, settings])
+
+
+@cache
+def _content(file: Path, _size: int, _changed: int) -> str:
+    """Digest of a file's bytes, read once as long as its size and time stay."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _digest(value: Any) -> str:

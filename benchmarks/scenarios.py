@@ -1,11 +1,11 @@
 """What a training step costs by the number of scenarios: lookup, forward, backward and optimizers, batches in memory.
 
 python benchmarks/scenarios.py
-python benchmarks/scenarios.py --models star ppnet --scenarios 5 100 1000 --batch-size 16384
+python benchmarks/scenarios.py --models star ppnet --scenarios 5 100 1000 --batch-size 16384 --shares even
 
 Steps of all sizes alternate within one process, so that what else the machine does hits all alike; the figures are
-medians and their ratio to the smallest number of scenarios. Rows fall on scenarios as traffic does: scenario s has a
-share of 1 / (s + 1). Prints one JSON line per model, and the Markdown table of them.
+medians and their ratio to the first number of scenarios. Rows fall on scenarios as traffic does, scenario s with a
+share of 1 / (s + 1), or evenly. Prints one JSON line per model, and the Markdown table of them.
 """
 
 import argparse
@@ -62,22 +62,43 @@ class Case:
 def main() -> None:
     """Measure every model, print lines and table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["mlp", "star", "ppnet", "m2m"])
-    parser.add_argument("--scenarios", nargs="+", type=int, default=[5, 20, 100])
-    parser.add_argument("--batch-size", type=int, default=8192)
-    parser.add_argument("--steps", type=int, default=60, help="timed steps of each number of scenarios")
+    parser.add_argument("--models", nargs="+", type=model_kind, default=["mlp", "star", "ppnet", "m2m"])
+    parser.add_argument("--scenarios", nargs="+", type=positive, default=[5, 20, 100])
+    parser.add_argument("--batch-size", type=positive, default=8192)
+    parser.add_argument("--steps", type=positive, default=60, help="timed steps of each number of scenarios")
+    parser.add_argument("--shares", choices=["traffic", "even"], default="traffic", help="how rows fall on scenarios")
     chosen = parser.parse_args()
     lines = []
     with open_world() as world:
         for model in chosen.models:
-            lines.append(measure(model, chosen.scenarios, chosen.batch_size, chosen.steps, world))
+            try:
+                lines.append(measure(model, chosen.scenarios, chosen.batch_size, chosen.steps, chosen.shares, world))
+            except ValueError as error:
+                # Some models do not serve every number of scenarios.
+                parser.error(f"{model}: {error}")
             print(json.dumps(lines[-1]), flush=True)
     print(table(lines))
 
 
-def measure(model: str, scenarios: list[int], batch_size: int, steps: int, world: World) -> dict[str, Any]:
+def positive(text: str) -> int:
+    """A number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return int(text)
+
+
+def model_kind(name: str) -> str:
+    """The name of a model, for argparse."""
+    try:
+        kind_config("msr_dist.models", name)(kind=name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+    return name
+
+
+def measure(model: str, scenarios: list[int], batch_size: int, steps: int, shares: str, world: World) -> dict[str, Any]:
     """Median milliseconds of a step by number of scenarios, and the ratios to the first."""
-    cases = [build(model, count, batch_size, world) for count in scenarios]
+    cases = [build(model, count, batch_size, shares, world) for count in scenarios]
     for number in range(steps + 5):
         for case in cases:
             case.step(number)
@@ -86,13 +107,14 @@ def measure(model: str, scenarios: list[int], batch_size: int, steps: int, world
         "model": model,
         "batch_size": batch_size,
         "device": str(world.device),
+        "shares": shares,
         "threads": torch.get_num_threads(),
         "milliseconds": {case.scenarios: round(1000 * each, 2) for case, each in zip(cases, medians, strict=True)},
         "ratio": {case.scenarios: round(each / medians[0], 3) for case, each in zip(cases, medians, strict=True)},
     }
 
 
-def build(model: str, scenarios: int, batch_size: int, world: World) -> Case:
+def build(model: str, scenarios: int, batch_size: int, shares: str, world: World) -> Case:
     """The model with its tables and optimizers."""
     config = kind_config("msr_dist.models", model)(kind=model)
     assert isinstance(config, BackboneConfig)
@@ -103,7 +125,8 @@ def build(model: str, scenarios: int, batch_size: int, world: World) -> Case:
     reserved = recommender.reserved_rows(schema)
     sharded = shard(recommender, ParallelConfig(), SparseOptimizer(), DenseOptimizer(), world, batch_size, 0, reserved)
     sharded.model.train()
-    return Case(scenarios, sharded, [draw(scenarios, batch_size).to(world.device) for _ in range(BATCHES)], [])
+    batches = [draw(scenarios, batch_size, shares).to(world.device) for _ in range(BATCHES)]
+    return Case(scenarios, sharded, batches, [])
 
 
 def describe(scenarios: int) -> FeatureSchema:
@@ -121,9 +144,9 @@ def describe(scenarios: int) -> FeatureSchema:
     )
 
 
-def draw(scenarios: int, batch_size: int) -> ScenarioBatch:
-    """Random rows."""
-    share = 1.0 / torch.arange(1, scenarios + 1)
+def draw(scenarios: int, batch_size: int, shares: str) -> ScenarioBatch:
+    """Random rows; a scenario's share of them is by its place, or that of all others."""
+    share = 1.0 / torch.arange(1, scenarios + 1) if shares == "traffic" else torch.ones(scenarios)
     return ScenarioBatch(
         ids=KeyedJaggedTensor(
             keys=[feature.name for feature in describe(scenarios).features],
@@ -140,13 +163,15 @@ def draw(scenarios: int, batch_size: int) -> ScenarioBatch:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Milliseconds, and the ratio to the smallest number of scenarios."""
+    """Milliseconds, and the ratio to the first number of scenarios, under a line that says how they were measured."""
     counts = list(lines[0]["milliseconds"])
     rows = [["model", *(f"{count} scenarios" for count in counts)], ["---"] * (len(counts) + 1)]
     for line in lines:
         cells = [f"{line['milliseconds'][count]:.1f} ms ({line['ratio'][count]:.2f})" for count in counts]
         rows.append([line["model"], *cells])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    how = f"{lines[0]['batch_size']:,} rows a step, shares {lines[0]['shares']}"
+    caption = f"{how}, {lines[0]['device']}, threads {lines[0]['threads']}:"
+    return "\n".join([caption, "", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 if __name__ == "__main__":

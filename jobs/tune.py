@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import click
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 # A trial has one core wherever it runs; libraries read this when they are loaded.
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -31,6 +31,8 @@ from msr_dist.run import RunConfig  # noqa: E402
 from msr_dist.train import check, train  # noqa: E402
 
 REQUEST_FILE = "request.json"
+SEARCHABLE = ("loader", "embeddings", "model", "stages")
+"""Sections of a run that decide what comes of it. A search manages the rest: trials must not read the test split."""
 Curve = list[tuple[int, float]]
 
 
@@ -45,10 +47,17 @@ class Choice(Config):
     def _one(self) -> Self:
         if len(self.model_fields_set) != 1:
             raise ValueError("give one of log_uniform = [LOW, HIGH], uniform = [LOW, HIGH], choice = [VALUE, ...]")
+        if not self.values:
+            raise ValueError("choice = [] has nothing to draw from")
         for low, high in filter(None, (self.log_uniform, self.uniform)):
             if not low < high or (self.log_uniform and low <= 0):
                 raise ValueError(f"[{low}, {high}] is no range to draw from")
         return self
+
+    @property
+    def values(self) -> tuple[bool | int | float | str, ...]:
+        """All that can be drawn, or its bounds."""
+        return self.choice or self.log_uniform or self.uniform or ()
 
     def domain(self) -> Any:
         """The same for Ray Tune."""
@@ -62,7 +71,7 @@ class Choice(Config):
 class Space(Config):
     """A file of --space."""
 
-    search: dict[str, Choice]
+    search: dict[str, Choice] = Field(min_length=1)
 
 
 DEFAULT_SPACE = {
@@ -77,8 +86,20 @@ DEFAULT_SPACE = {
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--space", type=click.Path(path_type=Path), help="TOML file with the settings to search, as above.")
 @click.option("--trials", default=16, show_default=True, type=click.IntRange(1), help="How many settings to try.")
-@click.option("--workers", default=os.cpu_count() or 1, show_default="cores", help="Trials at once, a core each.")
-@click.option("--gpus", default=0.0, show_default=True, help="GPUs of each trial; 0.5 lets two share one.")
+@click.option(
+    "--workers",
+    default=os.cpu_count() or 1,
+    show_default="cores",
+    type=click.IntRange(1),
+    help="Trials at once, a core each.",
+)
+@click.option(
+    "--gpus",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="GPUs of each trial; 0.5 lets two share one.",
+)
 @click.option("--seed", default=0, show_default=True, help="Draws the settings.")
 def main(
     config: Path, settings: tuple[str, ...], space: Path | None, trials: int, workers: int, gpus: float, seed: int
@@ -150,7 +171,14 @@ def _space(base: RunConfig, file: Path | None, where: str) -> dict[str, Choice]:
         return {key: DEFAULT_SPACE[key] for key in keys}
     searched = load(Space, file).search
     for key, choice in searched.items():
-        for value in choice.choice or (choice.log_uniform or choice.uniform or ())[:1]:
+        section, *below = key.split(".")
+        if section not in SEARCHABLE:
+            raise ValueError(f"{file}: {key}: a search draws settings of {', '.join(SEARCHABLE)}")
+        # Otherwise a place that is free would be taken for a further stage.
+        if section == "stages" and below and below[0].isdigit() and int(below[0]) >= len(base.stages):
+            count = "one stage" if len(base.stages) == 1 else f"{len(base.stages)} stages"
+            raise ValueError(f"{file}: {key}: the run has {count}; the last is stages.{len(base.stages) - 1}")
+        for value in choice.values:
             parse(RunConfig, _merged(base, {key: value}), where=f"{file}: {key} in {where}")
     return searched
 
@@ -170,9 +198,6 @@ def _search(
     known = folder / REQUEST_FILE
     if known.exists() and json.loads(known.read_text()) != request:
         raise ValueError(f"{folder} holds another search: choose another name=, or delete that folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(known, json.dumps(request, indent=1) + "\n")
-
     if not ray.is_initialized():
         ray.init(
             address=os.environ.get("RAY_ADDRESS") or "local",
@@ -182,8 +207,12 @@ def _search(
             log_to_driver=False,
             runtime_env={"env_vars": THREADS, "worker_process_setup_hook": "msr_dist.launch.silence"},
         )
+    _require_gpus(gpus, [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]])
     trainable = tune.with_resources(partial(trial, base=dump(base)), {"cpu": 1, "gpu": gpus})
     domains = {key: choice.domain() for key, choice in space.items()}
+    # Not before: a search that never began must not keep another one from this name.
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(known, json.dumps(request, indent=1) + "\n")
     if tune.Tuner.can_restore(str(folder / "tune")):
         tuner = tune.Tuner.restore(str(folder / "tune"), trainable, param_space=domains)
     else:
@@ -207,6 +236,14 @@ def _search(
         raise KeyboardInterrupt
     shutil.rmtree(folder / "trials", ignore_errors=True)
     return results
+
+
+def _require_gpus(gpus: float, nodes: list[float]) -> None:
+    """ValueError where no machine could ever start a trial; Ray would wait for one."""
+    if gpus > max(nodes, default=0.0):
+        raise ValueError(f"--gpus {gpus:g}: no machine of this Ray has as many; they have {nodes or 'none'}")
+    if gpus > 1 and gpus % 1:
+        raise ValueError(f"--gpus {gpus:g}: above 1 only whole numbers")
 
 
 def _lines(count: int) -> Any:
@@ -294,7 +331,7 @@ def _trial_run(base: RunConfig, drawn: Mapping[str, Any], name: str) -> RunConfi
     given |= {"evaluation.final": "valid", "evaluation.validate_epochs": 1, "checkpoint.keep": 1}
     # Trials that are stopped would stand in MLflow as if they ran for ever.
     given |= {"tracking.enabled": False}
-    return parse(RunConfig, _merged(base, given | dict(drawn)), where="trial")
+    return parse(RunConfig, _merged(base, dict(drawn) | given), where="trial")
 
 
 def _merged(base: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
