@@ -84,6 +84,9 @@ def prepare(kind: str, out: Path, settings: tuple[str, ...], config: Path | None
       kuairand   KuaiRand (Pure, 1K, 27K), the publisher's folder; tabs of the app as scenarios
       mind       MIND news, the publisher's train and dev folders; news categories as scenarios
       amazon     Amazon reviews (2014, 2018, 2023), the publisher's JSON files; categories as scenarios
+      douban     Douban ratings, the publisher's text files; books, music and films as scenarios
+      aliccp     Ali-CCP, the publisher's CSV files; positions on Taobao's pages as scenarios
+      aliexpress AliExpress searches, the publisher's or MTReclib's CSV files; countries as scenarios
       table      your own parquet or CSV logs, described by a TOML file
     OUT is the folder to write.
 

@@ -23,14 +23,26 @@ share item 0. A few hundred samples have a conversion without a click, which the
 conversion.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
 from pydantic import Field
 
 from msr_dist.data.prepare.database import Database, quoted, text
-from msr_dist.data.prepare.mapping import ROW, Columns, IdColumn, ListColumn, NumericColumn, Raw, ScenarioValue
-from msr_dist.data.prepare.published import GivenTest, TextTable
+from msr_dist.data.prepare.files import Layout, Part, load
+from msr_dist.data.prepare.mapping import (
+    ROW,
+    Columns,
+    EachOnce,
+    IdColumn,
+    ListColumn,
+    NumericColumn,
+    Raw,
+    Relation,
+    ScenarioValue,
+)
+from msr_dist.data.prepare.published import GivenTest, expect, expect_one_each
 
 SCENARIO_FIELD = "301"
 SCENARIOS = 3
@@ -55,10 +67,12 @@ ITEM_FIELDS = {"item_id": "205", "category": "206", "shop": "207", "brand": "216
 ITEM_LISTS = {"intentions": "210"}
 CROSS_FIELDS = {"category_cross": "508", "shop_cross": "509", "brand_cross": "702"}
 CROSS_LISTS = {"intention_cross": "853"}
-ENTRY = r"[0-9]+(?:_[0-9]+)?\x02[0-9]+\x03[0-9.eE+-]+"
+ENTRY = r"[0-9]+(?:_[0-9]+)?\x02[0-9]{1,18}\x03[0-9.eE+-]+"
 NAMELESS = 1 << 40
 """Where ids of users begin that the publisher does not name; far above all of the publisher's ids."""
-TAIL = {"number": "BIGINT", "features": "VARCHAR"}
+COMMON = {"index": "VARCHAR", "number": "BIGINT", "features": "VARCHAR"}
+SAMPLE = {"sample": "BIGINT", "click": "UTINYINT", "buy": "UTINYINT", **COMMON}
+"""Column -> DuckDB type of the lines of both kinds of files."""
 ADVICE = "unpack the publisher's archives again (raw)"
 
 
@@ -72,45 +86,47 @@ class Config(GivenTest):
     behaviours: int = Field(default=5, ge=0)
     """How many ids of each kind of behaviour to keep, those with the greatest values first; 0 leaves them out. Each row
     holds them: with 85 million rows they soon take most of the time and of the disk."""
-    positions: tuple[int, ...] = ()
+    positions: Annotated[tuple[int, ...], EachOnce] = ()
     """The scenarios as raw ids of field 301, in this order; by default those of the data, ascending, three at most."""
 
     def open(self, database: Database) -> Raw:
         """The samples, with what they have in common beside them."""
-        common = TextTable(database, "common", ADVICE)
-        samples = TextTable(database, "samples", ADVICE)
-        labels = {"sample": "BIGINT", "click": "UTINYINT", "buy": "UTINYINT"}
+        files: dict[str, list[Part]] = {"common": [], "samples": []}
         for name in ("train", "test"):
             test = f"{name == 'test'} AS test"
-            file = self.raw / f"common_features_{name}.csv"
-            common.append(file, {"index": "VARCHAR", **TAIL}, [test, "index", *self._common()])
-            file = self.raw / f"sample_skeleton_{name}.csv"
-            fields = {**labels, "index": "VARCHAR", **TAIL}
-            samples.append(file, fields, [test, "index", "click", "buy", *_sample()])
+            for view, stem, fields, selected in (
+                ("common", "common_features", COMMON, ["index", *self._common()]),
+                ("samples", "sample_skeleton", SAMPLE, ["index", "click", "buy", *_sample()]),
+            ):
+                layout = Layout(names=tuple(fields), types=fields, quotes=False)
+                files[view].append(Part(self.raw / f"{stem}_{name}.csv", layout, [test, *selected]))
+        common, samples = (load(database, view, parts, ADVICE) for view, parts in files.items())
         for table in (common, samples):
             advice = f"expected FIELD\\x02ID\\x03VALUE joined by \\x01: {ADVICE}"
-            table.expect("fault IS NOT NULL", "concat('malformed features ', fault)", advice)
-        samples.expect_one_each(common, ("test", "index"))
+            expect(database, table, "fault IS NOT NULL", "concat('malformed features ', fault)", advice)
+        expect(database, samples, "buy IS NULL OR buy > 1", "concat('a conversion that is ', buy)", f"0 or 1: {ADVICE}")
+        expect_one_each(database, samples, common, ("test", "index"), ADVICE)
         columns = [
-            f"s.rowid AS {ROW}",
             "s.* EXCLUDE (test, index, buy, fault, item_id)",
-            "c.* EXCLUDE (test, index, fault, user_id)",
+            f"c.* EXCLUDE (test, index, fault, user_id, {ROW})",
             "CASE WHEN s.click = 0 THEN 0 ELSE s.buy END AS conversion",
-            f"coalesce(c.user_id, {NAMELESS} + c.rowid) AS user_id",
+            f"coalesce(c.user_id, {NAMELESS} + c.{ROW}) AS user_id",
             "coalesce(s.item_id, 0) AS item_id",
             f"{self.split_column('s.test', 's.index')} AS split",
         ]
         joined = "samples s JOIN common c ON c.index = s.index AND c.test = s.test"
         database.execute(f"CREATE VIEW interactions AS SELECT {', '.join(columns)} FROM {joined}")
-        return Raw(self._columns(), samples.relation("interactions"), self._scenarios(database, samples))
+        relation = replace(samples, view="interactions", types=database.types("interactions"))
+        advice = f"correct these rows, or say which are the scenarios (positions): values of field {SCENARIO_FIELD}"
+        return Raw(self._columns(), relation, self._scenarios(database, samples), scenario_advice=advice)
 
     def _common(self) -> list[str]:
         lists = [_list(field, name, self.behaviours) for name, field in BEHAVIOUR_FIELDS.items() if self.behaviours]
         return [_fault(), *(_first(field, name) for name, field in USER_FIELDS.items()), *lists]
 
-    def _scenarios(self, database: Database, samples: TextTable) -> tuple[ScenarioValue, ...]:
-        samples.expect("position IS NULL", f"'no field {SCENARIO_FIELD}, which says the scenario'")
-        found = database.rows("SELECT position, min(rowid) FROM samples GROUP BY position ORDER BY position")
+    def _scenarios(self, database: Database, samples: Relation) -> tuple[ScenarioValue, ...]:
+        expect(database, samples, "position IS NULL", f"'no field {SCENARIO_FIELD}, which says the scenario'", ADVICE)
+        found = database.rows(f"SELECT position, min({ROW}) FROM samples GROUP BY position ORDER BY position")
         if not self.positions and len(found) > SCENARIOS:
             listed = ", ".join(str(value) for value, _ in found)
             last = samples.locate(max(row for _, row in found))

@@ -25,14 +25,16 @@ Not verified on the publisher's files: that categorical columns hold integers, a
 user file.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
 from pydantic import Field
 
 from msr_dist.data.prepare.database import Database, text
-from msr_dist.data.prepare.mapping import ROW, Columns, IdColumn, NumericColumn, Raw, ScenarioValue
-from msr_dist.data.prepare.published import GivenTest, TextTable
+from msr_dist.data.prepare.files import Layout, Part, load
+from msr_dist.data.prepare.mapping import ROW, Columns, EachOnce, IdColumn, NumericColumn, Raw, ScenarioValue
+from msr_dist.data.prepare.published import GivenTest, expect, expect_one_each
 
 Country = Literal["NL", "FR", "ES", "US", "RU"]
 NAMES = {"NL": "the Netherlands", "FR": "France", "ES": "Spain", "US": "the United States", "RU": "Russia"}
@@ -76,32 +78,34 @@ class Config(GivenTest):
     kind: Literal["aliexpress"] = "aliexpress"
     raw: Path
     """The folder with the files of all countries."""
-    countries: tuple[Country, ...] = Field(default=("NL", "FR", "ES", "US", "RU"), min_length=1)
+    countries: Annotated[tuple[Country, ...], EachOnce] = Field(default=("NL", "FR", "ES", "US", "RU"), min_length=1)
     """The scenarios, in this order."""
 
     def open(self, database: Database) -> Raw:
         """The items shown, with the features of their search beside them."""
         published = any(self.raw.rglob("*_item_train.csv"))
-        shown = TextTable(database, "shown", ADVICE)
-        searches = TextTable(database, "searches", ADVICE)
+        shown, searches = list[Part](), list[Part]()
         for country in self.countries:
             for name in ("train", "test"):
-                where = [f"{text(country)} AS country", f"{name == 'test'} AS test"]
+                place = [f"{text(country)} AS country", f"{name == 'test'} AS test"]
                 if published:
-                    self._append(searches, country, "user", name, where)
-                    self._append(shown, country, "item", name, where)
+                    searches.append(self._part(country, "user", name, place))
+                    shown.append(self._part(country, "item", name, place))
                 else:
                     kinds = {"search_id": "VARCHAR", **FEATURES, "click": "UTINYINT", "conversion": "UTINYINT"}
                     file = self.raw / f"AliExpress_{country}" / f"{name}.csv"
-                    shown.append(file, kinds, [*where, *kinds], header=True)
+                    shown.append(Part(file, Layout(types=kinds, quotes=False), [*place, *kinds]))
+        items = load(database, "shown", shown, ADVICE)
+        wrong = "conversion IS NULL AND click IS NOT NULL OR conversion > 1"
+        expect(database, items, wrong, "concat('a conversion that is ', conversion)", f"0 or 1: {ADVICE}")
         joined = ""
         if published:
             key = ("country", "test", "search_id")
-            shown.expect_one_each(searches, key)
+            expect_one_each(database, items, load(database, "searches", searches, ADVICE), key, ADVICE)
             joined = f"JOIN searches USING ({', '.join(key)})"
         profiles = {"user": list(CATEGORICAL["user"].values())[:PROFILE], "item": CATEGORICAL["item"].values()}
         columns = [
-            f"shown.rowid AS {ROW}",
+            f"shown.{ROW}",
             "country",
             "click",
             "CASE WHEN click = 0 THEN 0 ELSE conversion END AS conversion",
@@ -114,12 +118,16 @@ class Config(GivenTest):
             ScenarioValue(country, country, f"People in {NAMES[country]} search for products in AliExpress.")
             for country in self.countries
         )
-        return Raw(self._columns(), shown.relation("interactions"), scenarios)
+        return Raw(
+            self._columns(), replace(items, view="interactions", types=database.types("interactions")), scenarios
+        )
 
-    def _append(self, table: TextTable, country: str, side: str, name: str, where: list[str]) -> None:
-        """Add one of the publisher's files to `table`, with the names of the features."""
+    def _part(self, country: str, side: str, name: str, place: list[str]) -> Part:
+        """One of the publisher's files, with the names of the features."""
         wanted = f"{country.lower()}_{side}_{name}.csv"
-        file = next(iter(sorted(self.raw.rglob(wanted))), self.raw / wanted)
+        found = sorted(self.raw.rglob(wanted))
+        if len(found) > 1:
+            raise ValueError(f"{' and '.join(map(str, found))} are there (raw); leave one of them")
         named = CATEGORICAL[side] | NUMERICAL[side]
         kinds = {1: "VARCHAR"} | {place: FEATURES[named[place]] for place in sorted(named)}
         selected = ["c1 AS search_id", *(f"c{place} AS {name}" for place, name in named.items())]
@@ -130,7 +138,9 @@ class Config(GivenTest):
                 f"CASE c{LABEL} WHEN 2 THEN 1 ELSE c{LABEL} END AS click",
                 f"CAST(c{LABEL} = 2 AS UTINYINT) AS conversion",
             ]
-        table.append(file, {f"c{place}": kind for place, kind in kinds.items()}, [*where, *selected])
+        types = {f"c{place}": kind for place, kind in kinds.items()}
+        file = found[0] if found else self.raw / wanted
+        return Part(file, Layout(names=tuple(types), types=types, quotes=False), [*place, *selected])
 
     def _columns(self) -> Columns:
         return Columns(

@@ -16,18 +16,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Annotated, Any, Literal, final
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from msr_dist.data.prepare.canonical import PrepareConfig
 from msr_dist.data.prepare.database import Database, first_line, text
+from msr_dist.data.prepare.files import opened, where, within
 from msr_dist.data.prepare.mapping import (
     ROW,
     Columns,
+    EachOnce,
     History,
     IdColumn,
     LabelColumn,
@@ -86,7 +88,7 @@ class Config(PrepareConfig):
     kind: Literal["amazon"] = "amazon"
     raw: Path
     """The folder with the reviews and the metadata of each category: JSON lines, also packed (.gz)."""
-    categories: tuple[str, ...] = Field(
+    categories: Annotated[tuple[str, ...], EachOnce] = Field(
         default=("Beauty", "Clothing_Shoes_and_Jewelry", "Health_and_Personal_Care"), min_length=1
     )
     """As in the names of the files, each a scenario; the default is Scenario-Wise-Rec's (5-core, 2014)."""
@@ -95,14 +97,6 @@ class Config(PrepareConfig):
     metadata: bool = True
     """Whether to read the metadata: brand and categories as features, titles as text."""
     history: History | None = History(label="like")
-
-    @field_validator("categories")
-    @classmethod
-    def _distinct(cls, categories: tuple[str, ...]) -> tuple[str, ...]:
-        for place, name in enumerate(categories):
-            if name in categories[:place]:
-                raise ValueError(f"{name!r} stands there a second time; remove one")
-        return categories
 
     def open(self, database: Database) -> Raw:
         """Views of the reviews and, unless told otherwise, of the products."""
@@ -144,10 +138,14 @@ def _find(raw: Path, category: str, patterns: Iterable[str]) -> Path:
     if len(found) > 1:
         raise ValueError(f"{raw}: {' and '.join(file.name for file in found)} are there (raw); leave one of them")
     if not found:
-        there = sorted(file.name for file in raw.glob("*.json*")) if raw.is_dir() else []
+        if not raw.is_dir():
+            raise ValueError(f"{raw}: no such folder (raw); give the one that holds the publisher's JSON files")
+        there = sorted(file.name for file in raw.glob("*.json*"))
         listed = f"there are {', '.join(there[:20])}" if there else "there is no JSON at all"
         hint = "; or set metadata=false" if names[0].startswith("meta_") else " (categories)"
-        raise ValueError(f"{raw}: none of {', '.join(names[1::2])} for {category!r}; {listed}; download it{hint}")
+        raise ValueError(
+            f"{raw}: none of {', '.join(names[::2])} (or packed, .gz) for {category!r}; {listed}; download it{hint}"
+        )
     return found[0]
 
 
@@ -172,7 +170,6 @@ def _edition(files: list[Path]) -> Edition:
 def _open_reviews(database: Database, categories: dict[Path, str], edition: Edition) -> Relation:
     """The table `interactions`: user_id, item_id, rating, time, category."""
     files = list(categories)
-    where = f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else str(files[0])
     columns = ", ".join(f"{name}: '{kind}'" for name, kind in edition.columns.items())
     counts: list[int] = []
     database.execute(
@@ -191,7 +188,7 @@ def _open_reviews(database: Database, categories: dict[Path, str], edition: Edit
             raise ValueError(_fault(file, edition) or f"{file}: {first_line(error)}; download it again") from None
         counts.append(database.row("SELECT count(*) FROM interactions")[0] - sum(counts))
     starts = dict(zip(files, accumulate([0, *counts]), strict=False))
-    return Relation("interactions", where, database.types("interactions"), lambda row: _locate(starts, row))
+    return Relation("interactions", where(files), database.types("interactions"), lambda row: _locate(starts, row))
 
 
 def _fault(file: Path, edition: Edition) -> str | None:
@@ -211,8 +208,8 @@ def _fault(file: Path, edition: Edition) -> str | None:
 
 def _locate(starts: dict[Path, int], row: int) -> str:
     """A review's file and line; lines without text do not count."""
-    file = max((file for file in starts if starts[file] <= row), key=lambda file: starts[file])
-    line = next((line for place, (line, _) in enumerate(_lines(file)) if place == row - starts[file]), None)
+    file, wanted = within(starts, row)
+    line = next((line for place, (line, _) in enumerate(_lines(file)) if place == wanted), None)
     return f"{file}, line {line}"
 
 
@@ -226,8 +223,7 @@ def _open_items(database: Database, files: list[Path], edition: Edition) -> Rela
     database.execute(
         f"CREATE TABLE items AS SELECT DISTINCT ON (item_id) * FROM read_parquet({text(str(target))}) ORDER BY {ROW}"
     )
-    where = f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else str(files[0])
-    return Relation("items", where, database.types("items"), lambda row: f"{where}, product {row}")
+    return Relation("items", where(files), database.types("items"), lambda row: f"{where(files)}, product {row}")
 
 
 def _items(files: list[Path], edition: Edition) -> Iterator[dict[str, Any]]:
@@ -281,10 +277,12 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
     """Number and text of each line that is not empty."""
     number = 0
     try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as lines:
+        with opened(file) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield number, line.strip()
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+                    yield number, line.decode().strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}, line {number}: it is not UTF-8; download the file again") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         what = f"cannot be read ({first_line(error)})"
         raise ValueError(f"{file}, after line {number}: {what}; download the file again") from None

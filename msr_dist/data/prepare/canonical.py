@@ -7,14 +7,16 @@ Order of the work: stage and check the raw rows, assign the splits, fit vocabula
 rows, encode, write. Equal input and settings give equal bytes, whatever the number of threads.
 """
 
+import json
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import duckdb
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from msr_dist.config import Kinded, dump, parse
 from msr_dist.data.prepare.database import Database, first_line
@@ -52,6 +54,23 @@ class PrepareConfig(Kinded, ABC):
     """DuckDB's threads; by default one per core."""
     overwrite: bool = False
     """Replace an output folder that holds a prepared data set, once the new one is complete."""
+
+    @field_validator("split", "history", mode="before")
+    @classmethod
+    def _over_defaults(cls, given: Any, info: ValidationInfo) -> Any:
+        """A given section changes only what it names of the source's own; another kind of split starts anew."""
+        if not isinstance(given, Mapping):
+            return given
+        default = cls.model_fields[str(info.field_name)].default
+        own = default.model_dump(mode="json", exclude_unset=True) if default else {}
+        if isinstance(default, Split):
+            if given.get("kind", default.kind) != default.kind:
+                own = {}
+            elif "fractions" in given:  # They take the place of moments.
+                own = {name: value for name, value in own.items() if not name.endswith("_from")}
+        section = Split if info.field_name == "split" else History
+        # As in `parse`, JSON mode takes lists for tuples.
+        return section.model_validate_json(json.dumps(own | dict(given), default=str), strict=True)
 
     @abstractmethod
     def open(self, database: Database) -> Raw:

@@ -28,8 +28,8 @@ from typing import Literal, final
 
 from msr_dist.data.prepare.canonical import PrepareConfig
 from msr_dist.data.prepare.database import Database, text
-from msr_dist.data.prepare.mapping import ROW, Columns, History, IdColumn, LabelColumn, Raw, ScenarioValue
-from msr_dist.data.prepare.published import TextTable
+from msr_dist.data.prepare.files import Layout, Part, load
+from msr_dist.data.prepare.mapping import Columns, History, IdColumn, LabelColumn, Raw, ScenarioValue
 
 SCENARIOS = (
     ScenarioValue("book", "book", "Readers rate books in Douban."),
@@ -50,30 +50,25 @@ class Config(PrepareConfig):
 
     def open(self, database: Database) -> Raw:
         """The reviews of all scenarios, and the users."""
-        reviews = TextTable(database, "reviews", ADVICE)
+        reviews = []
         for scenario in SCENARIOS:
             name = str(scenario.value)
             item = f"{name}_id"
-            reviews.append(
-                self.raw / f"{name}reviews_cleaned.txt",
-                {"user_id": "BIGINT", item: "BIGINT", "rating": "DOUBLE", "time": "TIMESTAMP"},
-                [f"{text(name)} AS scenario", "user_id", f"{text(f'{name}:')} || {item} AS item_id", "rating", "time"],
-                delimiter="\t",
-                header=True,
-                quotes=True,
-            )
-        users = TextTable(database, "people", ADVICE)
-        users.append(
-            self.raw / "users_cleaned.txt",
-            {"UID": "BIGINT", "living_place": "VARCHAR", "join_time": "TIMESTAMP", "self_statement": "VARCHAR"},
-            ["UID AS user_id", "living_place", "strftime(join_time, '%Y-%m') AS joined", "self_statement"],
-            delimiter="\t",
-            header=True,
-            quotes=True,
-        )
-        for view, table, more in (("interactions", reviews, ", rating IS NOT NULL AS rated"), ("users", users, "")):
-            database.execute(f"CREATE VIEW {view} AS SELECT *, rowid AS {ROW}{more} FROM {table.name}")
-        return Raw(_columns(), reviews.relation("interactions"), SCENARIOS, users.relation("users"))
+            layout = _layout({"user_id": "BIGINT", item: "BIGINT", "rating": "DOUBLE", "time": "TIMESTAMP"})
+            selected = [f"{text(name)} AS scenario", "user_id", f"{text(f'{name}:')} || {item} AS item_id"]
+            selected += ["rating", "rating IS NOT NULL AS rated", "time"]
+            reviews.append(Part(self.raw / f"{name}reviews_cleaned.txt", layout, selected))
+        types = {"UID": "BIGINT", "living_place": "VARCHAR", "join_time": "TIMESTAMP", "self_statement": "VARCHAR"}
+        selected = ["UID AS user_id", "living_place"]
+        selected += ["strftime(join_time, '%Y-%m') AS joined", "self_statement"]
+        people = [Part(self.raw / "users_cleaned.txt", _layout(types), selected)]
+        interactions = load(database, "interactions", reviews, ADVICE)
+        return Raw(_columns(), interactions, SCENARIOS, load(database, "users", people, ADVICE))
+
+
+def _layout(types: dict[str, str]) -> Layout:
+    # Published quotes are not always doubled within quotes; NA is what R writes.
+    return Layout("\t", types=types, lenient=True, nulls=("NA",))
 
 
 def _columns() -> Columns:

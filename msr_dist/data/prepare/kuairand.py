@@ -11,39 +11,39 @@
 The data are Kuaishou's (https://kuairand.com): CC BY-SA 4.0.
 """
 
-import glob
 import re
 from pathlib import Path
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from msr_dist.data.prepare.canonical import PrepareConfig
 from msr_dist.data.prepare.database import Database
-from msr_dist.data.prepare.files import Layout, column_type, open_files, without
+from msr_dist.data.prepare.files import Layout, column_type, open_text, without
 from msr_dist.data.prepare.mapping import (
     Columns,
+    EachOnce,
     History,
     IdColumn,
     LabelColumn,
     ListColumn,
     NumericColumn,
     Raw,
-    Relation,
     ScenarioValue,
 )
 
 Edition = Literal["pure", "1k", "27k"]
 PERIODS = ("4_08_to_4_21", "4_22_to_5_08")
 TABS = range(15)
+ADVICE = "unpack the publisher's archive again (raw)"
 # The publisher's files have three kinds of columns that hold the label, and that must never be features. Feedback of
 # the log (play_time_ms, long_view, is_like and the other is_*, *_stay_time) is known only after the exposure; is_click
 # itself is play_time_ms against a threshold where one video fills the screen. The counters of video_features_statistic
 # (show_cnt, play_cnt, ...) are means over the whole month, test days included: that file is not even opened. And
-# visible_status is what had become of a video when the data were collected.
+# visible_status is what had become of a video when the data were collected. Users were described after the log had
+# ended, so user_active_degree and is_lowactive_period tell what they did in the test days; the other columns of users
+# are of that date too, but of slower things.
 USER_FEATURES = (
-    "user_active_degree",
-    "is_lowactive_period",
     "is_live_streamer",
     "is_video_author",
     "follow_user_num_range",
@@ -54,9 +54,10 @@ USER_FEATURES = (
 )
 VIDEO_FEATURES = ("author_id", "music_id", "music_type", "video_type", "upload_type")
 LOG_TYPES = dict.fromkeys(("user_id", "video_id", "hourmin", "time_ms", "is_click", "tab"), "BIGINT")
-TEXTS = ("user_active_degree", *(name for name in USER_FEATURES if name.endswith("_range")))
 # Where some values are missing, the publisher writes integers as floats.
-USER_TYPES = {"user_id": "BIGINT"} | {name: "VARCHAR" if name in TEXTS else "DOUBLE" for name in USER_FEATURES}
+USER_TYPES = {"user_id": "BIGINT"} | {
+    name: "VARCHAR" if name.endswith("_range") else "DOUBLE" for name in USER_FEATURES
+}
 VIDEO_TYPES = {
     "video_id": "BIGINT",
     "author_id": "BIGINT",
@@ -78,19 +79,11 @@ class Config(PrepareConfig):
     """The unpacked folder: KuaiRand-Pure, KuaiRand-1K or KuaiRand-27K, or the folder `data` in it."""
     edition: Edition | None = None
     """Which one, if files of several stand in the folder; otherwise their names say it."""
-    tabs: tuple[int, ...] = Field(default=(0, 1, 2, 4, 6), min_length=1)
+    tabs: Annotated[tuple[int, ...], EachOnce] = Field(default=(0, 1, 2, 4, 6), min_length=1)
     """Tabs of the app (0 to 14) whose rows to keep; the default is the Scenario-Wise-Rec benchmark's."""
     random: bool = False
     """Whether to add the log of videos that were shown at random, in place of what the recommender had chosen."""
     history: History | None = History(label="click")
-
-    @field_validator("tabs")
-    @classmethod
-    def _known(cls, tabs: tuple[int, ...]) -> tuple[int, ...]:
-        for place, tab in enumerate(tabs):
-            if tab not in TABS or tab in tabs[:place]:
-                raise ValueError(f"tabs are numbers from 0 to {TABS[-1]}, each once (got {list(tabs)})")
-        return tabs
 
     def open(self, database: Database) -> Raw:
         """Views of the logs, the users and the videos."""
@@ -99,17 +92,22 @@ class Config(PrepareConfig):
         logs = [log for period in PERIODS for log in _logs(folder, f"log_standard_{period}_{edition}")]
         if self.random:
             logs += _logs(folder, f"log_random_{PERIODS[1]}_{edition}")
-        log = _open(database, "log", logs, Layout(types=LOG_TYPES, quotes=False))
-        users = _open(database, "users", _parts(folder, f"user_features_{edition}"), Layout(types=USER_TYPES))
-        videos = _open(database, "items", _parts(folder, f"video_features_basic_{edition}"), Layout(types=VIDEO_TYPES))
+        log = open_text(database, "log", logs, Layout(types=LOG_TYPES, quotes=False), ADVICE)
+        users, videos = (
+            open_text(database, view, _parts(folder, f"{stem}_{edition}"), Layout(types=types), ADVICE)
+            for view, stem, types in (
+                ("users", "user_features", USER_TYPES),
+                ("items", "video_features_basic", VIDEO_TYPES),
+            )
+        )
         column_type(log, "tab", "tabs")
-        others = [tab for tab in TABS if tab not in self.tabs]
-        interactions, left_out = without(database, log, "interactions", "tab", others)
-        notes = (f"{left_out:,} rows left out (tabs): those of tab {', '.join(map(str, others))}",) if left_out else ()
+        others: dict[int | str, str] = {tab: str(tab) for tab in TABS if tab not in self.tabs}
+        interactions, notes = without(database, log, "interactions", "tab", others, "tabs", "tab")
         scenarios = tuple(
             ScenarioValue(tab, f"tab{tab}", f"Short videos in tab {tab} of the app.") for tab in self.tabs
         )
-        return Raw(_columns(), interactions, scenarios, users, videos, notes=notes)
+        advice = f"correct these rows: tabs are numbers from 0 to {TABS[-1]}"
+        return Raw(_columns(), interactions, scenarios, users, videos, notes=notes, scenario_advice=advice)
 
 
 def _columns() -> Columns:
@@ -160,13 +158,13 @@ def _parts(folder: Path, stem: str) -> list[Path]:
     """The file called `stem`, or its parts in their order."""
     if (folder / f"{stem}.csv").is_file():
         return [folder / f"{stem}.csv"]
-    parts: list[Path] = []
-    while (part := folder / f"{stem}_part{len(parts) + 1}.csv").is_file():
-        parts.append(part)
+    numbers = sorted(
+        int(name[1]) for file in folder.iterdir() if (name := re.fullmatch(rf"{stem}_part(\d+)\.csv", file.name))
+    )
+    parts = [folder / f"{stem}_part{number}.csv" for number in range(1, max(numbers, default=0) + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise ValueError(f"{folder}: of {stem} there is a part {numbers[-1]}, but no {part.name}; {ADVICE}")
     if not parts:
-        raise ValueError(f"{folder}: no {stem}.csv there (raw); unpack the publisher's archive again")
+        raise ValueError(f"{folder}: no {stem}.csv there; {ADVICE}")
     return parts
-
-
-def _open(database: Database, view: str, files: list[Path], layout: Layout) -> Relation:
-    return open_files(database, view, [glob.escape(str(file)) for file in files], "raw", layout=layout)

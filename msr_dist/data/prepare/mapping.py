@@ -19,11 +19,13 @@ source = "items"
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from msr_dist.config import Config
+
+T = TypeVar("T")
 
 Moment = Annotated[
     datetime,
@@ -32,6 +34,17 @@ Moment = Annotated[
     AfterValidator(lambda moment: moment if moment.tzinfo else moment.replace(tzinfo=UTC)),
 ]
 """A date (its first second) or a date with time, such as 2022-05-01T00:00:00+08:00; without an offset, it is UTC."""
+
+
+def _each_once(values: tuple[T, ...]) -> tuple[T, ...]:
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise ValueError(f"{value!r} stands there a second time; remove one")
+    return values
+
+
+EachOnce = AfterValidator(_each_once)
+"""Of a list in which no value may stand twice."""
 
 SourceName = Literal["interactions", "users", "items"]
 GROUPS = {"interactions": "context", "users": "user", "items": "item"}
@@ -210,6 +223,8 @@ class Raw:
     """Raw columns of the interactions that the source wants to see again when the splits are known."""
     notes: tuple[str, ...] = ()
     """What the user should know, such as how many rows were left out at their wish."""
+    scenario_advice: str = "correct these rows"
+    """What to do about a row whose scenario is none of `scenarios`."""
 
     def relation(self, source: SourceName) -> Relation | None:
         """The relation called `source`, if the data have it."""

@@ -9,21 +9,21 @@ all of 15 November 2019, and the validation rows those of the day before. The da
 (https://msnews.github.io): research only.
 """
 
-import glob
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
 import duckdb
 from pydantic import Field
 
 from msr_dist.data.prepare.canonical import PrepareConfig
 from msr_dist.data.prepare.database import Database
-from msr_dist.data.prepare.files import Layout, explain, open_files, without
+from msr_dist.data.prepare.files import Layout, explain, open_text, without
 from msr_dist.data.prepare.mapping import (
     ROW,
     Columns,
+    EachOnce,
     IdColumn,
     LabelColumn,
     ListColumn,
@@ -44,6 +44,8 @@ NEWS = (
     "title_entities",
     "abstract_entities",
 )
+TEST_DAY = datetime(2019, 11, 15, tzinfo=UTC)
+ADVICE = "unpack the publisher's zip again (raw)"
 SHOWN = 1 << 16
 """More than the articles that are shown at once: a row's number is its line's times this, plus its place in it."""
 
@@ -59,18 +61,21 @@ class Config(PrepareConfig):
     kind: Literal["mind"] = "mind"
     raw: Path
     """The folder with the unpacked train and dev folders (also called like MINDsmall_train)."""
-    categories: tuple[str, ...] = ("news", "lifestyle", "sports", "finance")
+    categories: Annotated[tuple[str, ...], EachOnce] = ("news", "lifestyle", "sports", "finance")
     """The news categories whose articles to keep as candidates, each a scenario; empty for all of them."""
     clicked: int = Field(default=50, ge=1)
     """The greatest number of articles of the published history; the last ones are kept, newest first."""
     split: Split = Split(
         valid_from=datetime(2019, 11, 14, tzinfo=UTC),
-        test_from=datetime(2019, 11, 15, tzinfo=UTC),
+        test_from=TEST_DAY,
     )
 
     def open(self, database: Database) -> Raw:
         """Views of the shown articles and of the news."""
         folders = _folders(self.raw)
+        if len(folders) == 1 and self.split.test_from and self.split.test_from >= TEST_DAY:
+            what = f"no folder dev there (raw), whose rows are those from {TEST_DAY:%d %B} on"
+            raise ValueError(f"{self.raw}: {what}; add it, or give earlier moments or fractions (split)")
         news = _open(database, "news", folders, "news.tsv", NEWS)
         behaviors = _open(database, "behaviors", folders, "behaviors.tsv", BEHAVIORS)
         try:
@@ -83,19 +88,16 @@ class Config(PrepareConfig):
         except duckdb.Error as error:
             raise explain(error, (news, behaviors)) from None
         chosen = self.categories or tuple(seen)
-        others = [name for name in seen if name not in chosen]
-        interactions, left_out = without(database, shown, "interactions", "category", others)
-        notes = (f"{left_out:,} rows left out (categories): articles on {', '.join(others)}",) if left_out else ()
+        others: dict[int | str, str] = {name: name for name in seen if name not in chosen}
+        interactions, notes = without(database, shown, "interactions", "category", others, "categories", "category")
         about = "Articles on {}, on the front page of a news site."
         scenarios = tuple(ScenarioValue(name, name, about.format(name)) for name in chosen)
         return Raw(_columns(), interactions, scenarios, items=items, notes=notes)
 
     def _expect_known(self, known: list[str], news: Relation) -> None:
-        for place, name in enumerate(self.categories):
+        for name in self.categories:
             if name not in known:
                 raise ValueError(f"categories: no {name!r} in {news.where}; there are {', '.join(known)}")
-            if name in self.categories[:place]:
-                raise ValueError(f"categories: {name!r} stands there a second time; remove one")
 
 
 def _columns() -> Columns:
@@ -128,14 +130,14 @@ def _folders(raw: Path) -> list[Path]:
     for folder in folders:
         for name in ("behaviors.tsv", "news.tsv"):
             if not (folder / name).is_file():
-                raise ValueError(f"{folder}: no {name} there (raw); unpack the publisher's zip again")
+                raise ValueError(f"{folder}: no {name} there; {ADVICE}")
     return folders
 
 
 def _open(database: Database, view: str, folders: list[Path], name: str, columns: tuple[str, ...]) -> Relation:
     # Titles hold quotes that mean nothing.
-    layout = Layout(names=columns, types=dict.fromkeys(columns, "VARCHAR"), quotes=False)
-    return open_files(database, view, [glob.escape(str(each / name)) for each in folders], "raw", layout=layout)
+    layout = Layout("\t", names=columns, types=dict.fromkeys(columns, "VARCHAR"), quotes=False)
+    return open_text(database, view, [each / name for each in folders], layout, ADVICE)
 
 
 def _items(database: Database, news: Relation) -> Relation:
@@ -155,7 +157,9 @@ def _shown(database: Database, behaviors: Relation, clicked: int) -> Relation:
     )
     parsed = (
         f"SELECT line * {SHOWN} + place AS {ROW}, user_id, shown, clicked, "
-        "try_strptime(time, '%m/%d/%Y %I:%M:%S %p') AS time, regexp_extract(shown, '^(.*)-[01]$', 1) AS news_id, "
+        # DuckDB would take the year 9 for one.
+        "CASE WHEN regexp_matches(time, '/[0-9]{4} ') THEN try_strptime(time, '%m/%d/%Y %I:%M:%S %p') END AS time, "
+        "time AS written, regexp_extract(shown, '^(.*)-[01]$', 1) AS news_id, "
         f"CAST(right(shown, 1) = '1' AS TINYINT) AS click FROM ({flat})"
     )
     database.execute(
@@ -182,7 +186,7 @@ def _expect_sound(database: Database, behaviors: Relation, shown: Relation) -> N
             "is no article-0 or article-1",
             "the publisher's test folder has no labels: leave it",
         ),
-        "time IS NULL": ("time", "is the time of the line", "write it like 11/15/2019 8:30:00 AM"),
+        "time IS NULL": ("written", "is the time of the line", "write it like 11/15/2019 8:30:00 AM"),
         "category IS NULL": ("news_id", "is not in news.tsv", "unpack the publisher's zip again"),
     }
     firsts = database.row(f"SELECT {', '.join(f'min({ROW}) FILTER ({wrong})' for wrong in faults)} FROM shown")

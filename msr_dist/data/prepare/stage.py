@@ -181,7 +181,7 @@ def _check_interactions(database: Database, plan: Plan, split: Split) -> None:
     columns, relation = plan.raw.columns, plan.raw.interactions
     checks = [*_id_checks("user", columns.user, plan.user.type, "columns.user")]
     checks += _id_checks("item", columns.item, plan.item.type, "columns.item")
-    checks.append(("scenario IS NULL", columns.scenario, "an unknown scenario", "add it to the scenarios"))
+    checks.append(("scenario IS NULL", columns.scenario, "an unknown scenario", plan.raw.scenario_advice))
     if columns.time:
         checks.append(("time IS NULL", columns.time, "a null time (columns.time)", "fill or remove these rows"))
     for place, label in enumerate(columns.labels):
@@ -209,6 +209,8 @@ def _id_checks(staged: str, column: str, kind: str, key: str) -> list[_Check]:
 def _label_checks(label: LabelColumn, place: int) -> list[_Check]:
     key, value = f"columns.labels.{place}", quoted(f"label:{place}")
     advice = "use 0 and 1, set `above` to a threshold, or mask unknown rows"
+    if label.above is not None:
+        advice = "it is null or no number: fill or remove these rows"
     wrong = f"{value} IS NULL OR {value} NOT IN (0, 1)"
     checks = [(wrong, label.column or label.name, f"a label outside {{0, 1}} ({key})", advice)]
     if label.mask:

@@ -16,7 +16,7 @@ name = "click"
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
 import duckdb
 from pydantic import Field
@@ -24,7 +24,7 @@ from pydantic import Field
 from msr_dist.data.prepare.canonical import PrepareConfig
 from msr_dist.data.prepare.database import Database, quoted
 from msr_dist.data.prepare.files import column_type, explain, open_files, without
-from msr_dist.data.prepare.mapping import ROW, Columns, Raw, Relation, ScenarioValue
+from msr_dist.data.prepare.mapping import ROW, Columns, EachOnce, Raw, Relation, ScenarioValue
 
 
 @final
@@ -45,7 +45,7 @@ class Config(PrepareConfig):
     """One row per item, with side features and text."""
     scenarios: tuple[str, ...] = ()
     """One row per scenario, in the order of their ids; without it, the distinct values of the log, sorted."""
-    keep: tuple[int | str, ...] = ()
+    keep: Annotated[tuple[int | str, ...], EachOnce] = ()
     """Values of the scenario column whose rows to keep; without it, all. The others are left out, and counted."""
     delimiter: str = Field(default=",", min_length=1, max_length=4)
     """What separates the fields of CSV files; those called .tsv have tabs all the same."""
@@ -64,9 +64,9 @@ class Config(PrepareConfig):
             scenarios = _from_file(database, listed, self.columns) if listed else self._of_log(database, interactions)
         except duckdb.Error as error:
             raise explain(error, filter(None, (listed, interactions))) from None
-        if self.keep:
-            return self._kept(database, Raw(self.columns, interactions, scenarios, users, items))
-        return Raw(self.columns, interactions, scenarios, users, items)
+        advice = "name it in the scenarios files, or correct these rows" if listed else "fill or remove these rows"
+        raw = Raw(self.columns, interactions, scenarios, users, items, scenario_advice=advice)
+        return self._kept(database, raw) if self.keep else raw
 
     def _kept(self, database: Database, raw: Raw) -> Raw:
         known = [scenario.value for scenario in raw.scenarios]
@@ -75,10 +75,10 @@ class Config(PrepareConfig):
                 listed = ", ".join(map(repr, known[:20]))
                 raise ValueError(f"keep: there is no scenario {value!r} (columns.scenario); there are {listed}")
         others = {scenario.value: scenario.name for scenario in raw.scenarios if scenario.value not in self.keep}
-        interactions, left_out = without(database, raw.interactions, "kept", self.columns.scenario, others)
-        notes = (f"{left_out:,} rows left out (keep): those of scenario {', '.join(others.values())}",)
+        column = self.columns.scenario
+        interactions, notes = without(database, raw.interactions, "kept", column, others, "keep", "scenario")
         kept = tuple(scenario for scenario in raw.scenarios if scenario.value in self.keep)
-        return replace(raw, interactions=interactions, scenarios=kept, notes=notes if left_out else ())
+        return replace(raw, interactions=interactions, scenarios=kept, notes=notes)
 
     def _open(self, database: Database, name: str, patterns: Sequence[str]) -> Relation:
         return open_files(database, name, patterns, name, self.delimiter)

@@ -146,7 +146,7 @@ def test_the_publishers_test_rows_stay_apart_and_validation_takes_whole_pages(tm
     first = read(tmp_path / "out", "valid")
     assert run(tmp_path, valid=0.3, threads=4, overwrite=True).rows == report.rows
     assert read(tmp_path / "out", "valid") == first
-    run(tmp_path, valid=0.3, overwrite=True, split={"kind": "column", "column": "split", "seed": 1})
+    run(tmp_path, valid=0.3, overwrite=True, split={"seed": 1})
     assert read(tmp_path / "out", "valid") != first
 
 
@@ -197,6 +197,9 @@ SKELETON = "sample_skeleton_test.csv"
         (SKELETON, 3, 5, "301\x029351665", ("test.csv, line 3: malformed features", "0 more", "FIELD")),
         (SKELETON, 3, 5, "205\x02item\x031.0", ("line 3: malformed features",)),
         ("common_features_train.csv", 7, 2, "101:5:1.0", ("train.csv, line 7: malformed features",)),
+        (SKELETON, 3, 5, f"205\x02{10**29}\x031.0", ("line 3: malformed features",)),
+        (SKELETON, 4, 1, "0.4", ("line 4, column 'click': '0.4' is no whole number",)),
+        (SKELETON, 4, 2, "7", ("line 4: a conversion that is 7, here and in 0 more; 0 or 1",)),
         (SKELETON, 4, 1, "x", ("line 4:", "to 'UTINYINT'")),
         (SKELETON, 4, 1, "2", ("line 4, column 'click': a label outside {0, 1}",)),
         (
@@ -225,9 +228,16 @@ def test_a_line_with_too_few_fields_and_one_that_was_cut(tmp_path: Path) -> None
     files = raw_lines()
     files[SKELETON][8] = files[SKELETON][8][:3]
     write(tmp_path / "raw", files)
-    refused(tmp_path, f"{SKELETON}, line 9: Expected Number of Columns: 6 Found: 3", "(raw)")
+    refused(tmp_path, f"{SKELETON}, line 9: no field for column 'index'", "(raw)")
 
 
 def test_an_unknown_scenario(tmp_path: Path) -> None:
     write(tmp_path / "raw", raw_lines())
-    refused(tmp_path, "line 1", "'position'", "an unknown scenario", "9351", positions=(1, 2))
+    refused(tmp_path, "line 1", "'position'", "an unknown scenario", "9351", "(positions)", positions=(1, 2))
+
+
+@pytest.mark.parametrize("split", [{"column": "foo"}, {"kind": "time"}])
+def test_a_split_that_would_lose_the_publishers_test_rows(tmp_path: Path, split: dict[str, str]) -> None:
+    refused(
+        tmp_path, "the publisher gives the test rows and no times", "leave split.kind and split.column", split=split
+    )

@@ -178,9 +178,10 @@ def test_missing_files_columns_and_countries(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "line", "fields", "words"),
     [
-        ("nl_item_test.csv", 4, slice(20, 49), ("line 4: Expected Number of Columns: 49 Found: 20",)),
-        ("nl_item_test.csv", 4, slice(48, 49), ("line 4:", "Columns: 49 Found: 48")),
-        ("nl_user_train.csv", 5, slice(1, 1), ("line 5:", "Columns: 33 Found: 34")),
+        ("nl_item_test.csv", 4, slice(20, 49), ("line 4: no field for column 'c21'",)),
+        ("nl_item_test.csv", 4, slice(48, 49), ("line 4: no field for column 'c49'",)),
+        ("nl_user_train.csv", 5, slice(1, 1), ("line 5: more fields than columns", "correct or remove it")),
+        ("nl_user_train.csv", 5, "0.4", ("line 5, column 'c2': '0.4' is no whole number",)),
         ("nl_user_train.csv", 5, "x", ("line 5:", "to 'BIGINT'")),
         ("nl_item_train.csv", 2, "7", ("line 2, column 'click': a label outside {0, 1}", "7")),
         ("nl_item_train.csv", 2, "", ("line 2, column 'click': a label outside {0, 1}",)),
@@ -194,6 +195,22 @@ def test_a_wrong_line(tmp_path: Path, file: str, line: int, fields: str | slice,
     if isinstance(fields, slice):
         wrong[fields] = ["0"] if fields.start == fields.stop else []
     else:
-        wrong[{"x": 1, "999": 0, "3": 0}.get(fields, 48)] = fields
+        wrong[{"x": 1, "0.4": 1, "999": 0, "3": 0}.get(fields, 48)] = fields
     write(tmp_path / "raw", files)
     refused(tmp_path, file, *words)
+
+
+def test_copies_countries_given_twice_and_files_without_rows(tmp_path: Path) -> None:
+    files = raw_lines()
+    refused(tmp_path, "countries: 'NL' stands there a second time", countries=["NL", "NL"])
+    write(tmp_path / "raw", files)
+    write(tmp_path / "raw" / "copy", {"nl_user_test.csv": files["nl_user_test.csv"]})
+    refused(tmp_path, "raw/aliexpress_NL_datasets/nl_user_test.csv", "raw/copy/", "leave one of them")
+    other = tmp_path / "other"
+    write_processed(other / "raw", files)
+    file = other / "raw" / "AliExpress_RU" / "test.csv"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], lines[1][:-3] + "0,7"]))
+    refused(other, "AliExpress_RU/test.csv, line 2: a conversion that is 7", "0 or 1")
+    file.write_text(f"{lines[0]}\n")
+    refused(other, "AliExpress_RU/test.csv: no rows in there", "(raw)")

@@ -138,7 +138,7 @@ def test_settings(tmp_path: Path) -> None:
     raw = write(tmp_path / "raw", "2023")
     for file in raw.glob("meta_*"):
         file.unlink()
-    refused(raw, "meta_Beauty.json.gz", "metadata=false")
+    refused(raw, "none of meta_Beauty.json, meta_Beauty.jsonl (or packed, .gz)", "metadata=false")
     split = {"valid_from": "2010-10-01", "test_from": "2010-12-01"}
     report = run(raw, tmp_path / "out", metadata=False, above=4, split=split, categories=["Toys_and_Games"])
     rows = reviews("2023", 1)
@@ -173,7 +173,7 @@ def test_products_listed_twice_and_titles_of_script(tmp_path: Path) -> None:
         ("{'reviewerID': 'A1'}", ["is no JSON object"]),
         ("[1, 2]", ["is no JSON object"]),
         ({"overall": "x"}, ["overall is 'x', not a number"]),
-        ({"overall": None}, ["label"]),
+        ({"overall": None}, ["label", "fill or remove these rows"]),
         ({"unixReviewTime": "soon"}, ["unixReviewTime is 'soon'"]),
         ({"unixReviewTime": None}, ["null time"]),
         ({"reviewerID": ""}, ["null id"]),
@@ -199,7 +199,7 @@ def test_bad_metadata(tmp_path: Path) -> None:
 
 
 def test_files_that_are_missing_cut_or_of_another_edition(tmp_path: Path) -> None:
-    refused(tmp_path / "none", "reviews_Beauty_5.json.gz", "no JSON at all")
+    refused(tmp_path / "none", "none: no such folder (raw)")
     raw = write(tmp_path / "raw", "2014")
     refused(raw, "for 'Books'", "there are meta_Beauty.json.gz", categories=["Books"])
     refused(raw, "'Beauty' stands there a second time", categories=["Beauty", "Beauty"])
@@ -214,3 +214,12 @@ def test_files_that_are_missing_cut_or_of_another_edition(tmp_path: Path) -> Non
     refused(raw, "reviews_Beauty_5.json, line 1: its fields are asin")
     put(raw, "reviews_Beauty_5.json", [json.dumps(review("2023", "A", "B", 5, 0))], packed=False)
     refused(raw, "of 2023 and", "give one edition")
+
+
+def test_a_line_that_is_not_utf_8(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw", "2014", packed=False)
+    file = raw / "reviews_Beauty_5.json"
+    lines = file.read_bytes().split(b"\n")
+    lines[20] = lines[20].replace(b"great", b"gr\xff\xfet")
+    file.write_bytes(b"\n".join(lines))
+    refused(raw, "reviews_Beauty_5.json, line 21: it is not UTF-8")

@@ -175,9 +175,10 @@ def test_missing_files_and_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [
-        ("user_id", "x1", ("row 9:", "to 'BIGINT'")),
-        ("rating", "good", ("row 9:", "to 'DOUBLE'")),
-        ("time", "soon", ("row 9:", "to 'TIMESTAMP'")),
+        ("user_id", "x1", ("line 12:", "to 'BIGINT'")),
+        ("user_id", "3.7", ("row 9, column 'user_id': '3.7' is no whole number",)),
+        ("rating", "good", ("line 12:", "to 'DOUBLE'")),
+        ("time", "soon", ("line 12:", "to 'TIMESTAMP'")),
         ("user_id", "", ("row 9, column 'user_id': a null id",)),
         ("music_id", "", ("row 9, column 'item_id': a null id",)),
         ("time", "", ("row 9, column 'time': a null time",)),
@@ -190,8 +191,24 @@ def test_a_wrong_value(tmp_path: Path, column: str, value: str, words: tuple[str
     refused(tmp_path, "musicreviews_cleaned.txt", *words)
 
 
-def test_a_line_that_was_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('\t"500"\n', "\n", "line 511: no field for column 'ID'"),
+        # The quote that is open takes in the following lines.
+        ('\t"400"\n', '\t"400\n', "line "),
+    ],
+)
+def test_a_line_that_was_cut(tmp_path: Path, old: str, new: str, words: str) -> None:
     write(tmp_path / "raw", raw_rows())
     file = tmp_path / "raw" / "moviereviews_cleaned.txt"
-    file.write_text(file.read_text()[:-20])
-    refused(tmp_path, "moviereviews_cleaned.txt, row 499: Expected Number of Columns: 9 Found: ")
+    file.write_text(file.read_text().replace(old, new))
+    refused(tmp_path, f"moviereviews_cleaned.txt, {words}", "(raw)")
+
+
+def test_a_place_called_na(tmp_path: Path) -> None:
+    rows = raw_rows()
+    rows["users"][0]["living_place"] = "NA"
+    write(tmp_path / "raw", rows)
+    run(tmp_path)
+    assert set(vocabulary(tmp_path / "out", "living_place").values()) == {"北京", "Milano, Italy", "NA"}

@@ -9,6 +9,7 @@ import pytest
 from msr_dist.config import parse
 from msr_dist.data.prepare.canonical import prepare
 from msr_dist.data.prepare.kuairand import Config
+from msr_dist.data.prepare.mapping import History
 from msr_dist.data.prepare.report import PrepareReport
 from msr_dist.schema import SPLITS, FeatureSchema
 
@@ -27,7 +28,7 @@ VIDEOS = (
 )
 LEAKS = {"date", "play_time_ms", "duration_ms", "profile_stay_time", "comment_stay_time", "is_profile_enter", "is_rand"}
 LEAKS |= {"is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view", "visible_status"}
-LEAKS |= {"counts", "show_cnt", "play_cnt"}
+LEAKS |= {"counts", "show_cnt", "play_cnt", "user_active_degree", "is_lowactive_period"}
 FIRST, SECOND = 1649347200, 1650556800  # 8 and 22 April, midnight in China.
 
 
@@ -191,7 +192,36 @@ LOG_FILE = "log_standard_4_22_to_5_08_pure.csv"
             ["line 2", "x", "user_id"],
         ),
         (LOG_FILE, "tab\n", "tab\n1,2,20220422,100,1650556800123,7,0,0,0,0,0,1,2,3,0,0,0,0,1\n", ["line 2", "label"]),
-        (LOG_FILE, "tab\n", "tab\n1,2,20220422,100,1650556800123,1,0,0,0,0,0,1,2,3,0,0,0,0,77\n", ["line 2", "77"]),
+        (
+            LOG_FILE,
+            "tab\n",
+            "tab\n1,2,20220422,100,1650556800123,1,0,0,0,0,0,1,2,3,0,0,0,0,77\n",
+            ["line 2", "77", "tabs are numbers from 0 to 14"],
+        ),
+        (
+            LOG_FILE,
+            "tab\n",
+            "tab\n3.7,2,20220422,100,1650556800123,1,0,0,0,0,0,1,2,3,0,0,0,0,1\n",
+            ["line 2", "'3.7' is no whole"],
+        ),
+        (
+            LOG_FILE,
+            "tab\n",
+            "tab\n\n-3,2,20220422,100,1650556800123,1,0,0,0,0,0,1,2,3,0,0,0,0,1\n",
+            ["line 3", "a negative id"],
+        ),
+        (
+            LOG_FILE,
+            ",is_rand,tab\n",
+            ",is_rand,tab\n" + "1," * 19 + "1\n",
+            ["line 2: more fields", "correct or remove it"],
+        ),
+        (
+            "user_features_pure.csv",
+            "\n0,",
+            "\n0.4,",
+            ["user_features_pure.csv, line 2, column 'user_id': '0.4' is no whole"],
+        ),
         (LOG_FILE, "tab\n", "tab\n1,2,20220422,100,,1,0,0,0,0,0,1,2,3,0,0,0,0,1\n", ["line 2", "null time"]),
     ],
 )
@@ -217,3 +247,26 @@ def test_missing_folders(tmp_path: Path) -> None:
         run(tmp_path / "none", tmp_path / "out")
     with pytest.raises(ValueError, match=r"no log_standard_4_08_to_4_21_\*\.csv there"):
         run(tmp_path, tmp_path / "out")
+
+
+def test_a_setting_of_the_history_leaves_the_others_as_they_are() -> None:
+    history = parse(Config, {"kind": "kuairand", "raw": "x", "history": {"length": 5}}, "test").history
+    assert history == History(label="click", length=5)
+
+
+def test_tabs_without_rows_and_parts_with_a_gap(tmp_path: Path) -> None:
+    raw = write(tmp_path, raw_files())
+    with pytest.raises(ValueError, match=r"all rows are those of tab 0, 1, 2, .*; keep others \(tabs\)"):
+        run(raw, tmp_path / "out", tabs=[7])
+    log = raw / "data" / LOG_FILE
+    for part in (1, 3):
+        log.with_name(LOG_FILE.replace(".csv", f"_part{part}.csv")).write_text(log.read_text())
+    log.unlink()
+    with pytest.raises(ValueError, match=r"there is a part 3, but no log_standard_4_22_to_5_08_pure_part2\.csv"):
+        run(raw, tmp_path / "out")
+
+
+def test_a_period_without_rows(tmp_path: Path) -> None:
+    files = raw_files() | {LOG_FILE: f"{LOG}\n"}
+    with pytest.raises(ValueError, match=rf"{LOG_FILE}: no rows in there; .*\(raw\)"):
+        run(write(tmp_path, files), tmp_path / "out")

@@ -1,3 +1,4 @@
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -5,8 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from msr_dist.config import parse
+from msr_dist.config import dump, parse
 from msr_dist.data.prepare.canonical import prepare
+from msr_dist.data.prepare.mapping import Split
 from msr_dist.data.prepare.mind import Config
 from msr_dist.data.prepare.report import PrepareReport
 from msr_dist.schema import FeatureSchema
@@ -117,8 +119,11 @@ def test_texts_stand_with_the_items_quotes_and_all(tmp_path: Path) -> None:
 def test_all_categories_and_folders_named_like_the_zips(tmp_path: Path) -> None:
     files = {name.replace("train/", "MINDsmall_train/"): content for name, content in raw_files().items()}
     files = {name: content for name, content in files.items() if not name.startswith("dev")}
-    settings = {"categories": [], "split": {"kind": "time", "cutoff": "global"}, "history": {"length": 5}}
-    report = run(write(tmp_path, files), tmp_path / "out", **settings)
+    split = {"fractions": [0.8, 0.1, 0.1], "cutoff": "global"}
+    raw = write(tmp_path, files)
+    report = run(raw, tmp_path / "out", categories=[], split=split, history={"length": 5})
+    with pytest.raises(ValueError, match=r"no folder dev there \(raw\).* 15 November on; add it, or"):
+        run(raw, tmp_path / "out", overwrite=True)
     assert {each.scenario for each in report.scenarios} == set(CATEGORIES)
     assert sum(report.rows.values()) == len(candidates(files["MINDsmall_train/behaviors.tsv"]))
     assert "history" in [feature.name for feature in FeatureSchema.read(tmp_path / "out").features]
@@ -135,6 +140,7 @@ LINE = "1\tU1\t11/9/2019 9:05:58 AM\tN1 N2\tN3-1 N4-0\n"
         ("train/behaviors.tsv", LINE.replace("N3-1", "N99-1"), ["shown article 1: 'N99' is not in news.tsv"]),
         ("train/behaviors.tsv", LINE.replace("N3-1 N4-0", ""), ["no shown articles"]),
         ("train/behaviors.tsv", LINE.replace("11/9", "13/9"), ["time"]),
+        ("train/behaviors.tsv", LINE.replace("/2019", "/9"), ["'11/9/9 9:05:58 AM' is the time of the line"]),
         ("train/behaviors.tsv", LINE.replace("U1", ""), ["null id"]),
         ("train/behaviors.tsv", LINE.replace("\tN1 N2", ""), ["no field for column 'impressions'"]),
         ("train/behaviors.tsv", LINE.replace("\n", "\tmore\n"), ["more fields"]),
@@ -173,3 +179,29 @@ def test_missing_files(tmp_path: Path) -> None:
     (raw / "MINDlarge_train").mkdir()
     with pytest.raises(ValueError, match="MINDlarge_train and train are there"):
         run(raw, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "split",
+    [{"seed": 4}, {"cutoff": "global"}, {"valid_from": "2019-11-13"}, {"kind": "time"}],
+)
+def test_a_setting_of_the_split_leaves_the_others_as_they_are(split: dict[str, object]) -> None:
+    own = parse(Config, {"kind": "mind", "raw": "mind"}, "test").split
+    changed = parse(Config, {"kind": "mind", "raw": "mind", "split": split}, "test")
+    kept = own.model_dump(exclude=set(split))
+    assert changed.split.model_dump(exclude=set(split)) == kept
+    assert parse(Config, tomllib.loads(dump(changed)), "test") == changed
+
+
+@pytest.mark.parametrize("split", [{"fractions": [0.7, 0.2, 0.1]}, {"kind": "random"}])
+def test_shares_and_other_kinds_of_split_take_the_place_of_the_days(split: dict[str, object]) -> None:
+    config = parse(Config, {"kind": "mind", "raw": "mind", "split": split}, "test")
+    assert config.split == Split.model_validate(
+        split | ({"fractions": (0.7, 0.2, 0.1)} if "fractions" in split else {})
+    )
+    assert parse(Config, tomllib.loads(dump(config)), "test") == config
+
+
+def test_a_misspelt_setting_of_the_split_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^test: split\.sed: unknown key; did you mean 'seed'\?$"):
+        parse(Config, {"kind": "mind", "raw": "mind", "split": {"sed": 4}}, "test")

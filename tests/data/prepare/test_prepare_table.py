@@ -425,7 +425,14 @@ def test_masked_labels_may_be_null(tmp_path: Path) -> None:
 
 def test_unknown_scenario(tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text("scenario_id,name\na,A\nb,B\n")
-    refused(tmp_path, write(tmp_path, log()), "unknown scenario", "'c'", scenarios=[str(tmp_path / "s.csv")])
+    refused(
+        tmp_path,
+        write(tmp_path, log()),
+        "unknown scenario",
+        "'c'",
+        "name it in the scenarios files",
+        scenarios=[str(tmp_path / "s.csv")],
+    )
 
 
 @pytest.mark.parametrize("name", ["log.parquet", "log.csv"])
@@ -597,7 +604,7 @@ def test_labels_may_share_masks_and_weights(tmp_path: Path) -> None:
 def test_scenarios_need_names_of_their_own(tmp_path: Path, names: str) -> None:
     first, second = names.split(",")
     (tmp_path / "s.csv").write_text(f"scenario_id,name\na,{first}\nb,{second}\nc,C\n")
-    refused(tmp_path, write(tmp_path, log()), "s.csv, row 1", "name", scenarios=[str(tmp_path / "s.csv")])
+    refused(tmp_path, write(tmp_path, log()), "s.csv, line 3", "name", scenarios=[str(tmp_path / "s.csv")])
 
 
 def test_an_empty_scenario_in_the_log(tmp_path: Path) -> None:
@@ -638,8 +645,8 @@ CSV_COLUMNS = {"labels": [{"name": "click"}], "ids": [], "numerics": []}
         (5, "7,i7", ("no field for column 'page'",)),
         (30_002, "7,i7", ("no field for column 'page'",)),
         (40_001, "7,i7,a", ("no field for column 'when'", "if the file was cut, write it again")),
-        (9, "7,i7,a,9,1,1", ("more fields than the header",)),
-        (30_002, "7,i7,a,9,1,1", ("more fields than the header",)),
+        (9, "7,i7,a,9,1,1", ("more fields than columns",)),
+        (30_002, "7,i7,a,9,1,1", ("more fields than columns",)),
         (30_002, "7,i7,a,late,1", ('"when"', '"late"', "correct it")),
     ],
 )
@@ -778,3 +785,28 @@ def test_whole_numbers_stored_as_floats_are_ids(tmp_path: Path) -> None:
         words = ("row 17", "column 'hour'", "no whole number", str(wrong), "columns.numerics")
         (tmp_path / "refused").mkdir(exist_ok=True)
         refused(tmp_path / "refused", write(tmp_path, raw), *words)
+
+
+def test_fractions_below_whole_numbers_of_a_csv(tmp_path: Path) -> None:
+    listed = lines()
+    listed[30_001] = "7.5,i7,a,9,1"
+    (tmp_path / "log.csv").write_text("\n".join(listed))
+    words = ("log.csv, line 30002, column 'user': '7.5' is no whole number", "or give parquet if the column is numbers")
+    refused(tmp_path, str(tmp_path / "log.csv"), *words, columns=CSV_COLUMNS)
+
+
+def test_a_csv_without_rows_among_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log-0.csv").write_text("\n".join(lines(500)))
+    (tmp_path / "log-1.csv").write_text(lines(0)[0] + "\n")
+    words = "log-1.csv: no rows in there; remove it (interactions)"
+    refused(tmp_path, str(tmp_path / "log-*.csv"), words, columns=CSV_COLUMNS)
+
+
+def test_a_parquet_part_without_rows_is_passed_over_unless_all_are(tmp_path: Path) -> None:
+    empty = {column: pa.array(values)[:0] for column, values in log(5).items()}
+    write(tmp_path, empty, "log-0.parquet")
+    words = "no rows in there; give files with rows (interactions)"
+    refused(tmp_path, str(tmp_path / "log-*.parquet"), words, columns=CSV_COLUMNS)
+    write(tmp_path, log(), "log-1.parquet")
+    found = run(tmp_path, str(tmp_path / "log-*.parquet"), CSV_COLUMNS)
+    assert sum(found.rows.values()) == len(log()["user"])

@@ -1,3 +1,4 @@
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 
@@ -5,6 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from msr_dist.cli import main
+from msr_dist.config import parse
+from msr_dist.data import prepare
+from msr_dist.data.prepare.table import Config
 from msr_dist.data.prepare.write import LEAST_GROUPS, group_bounds, regroup, write_split
 
 
@@ -42,3 +47,21 @@ def test_too_few_and_too_many_rows_are_errors(tmp_path: Path) -> None:
 def test_an_empty_split_is_one_file(tmp_path: Path) -> None:
     write_split(tmp_path / "test", pa.schema({"x": pa.int64()}), [], 0, 10, 10)
     assert pq.read_table(tmp_path / "test").num_rows == 0
+
+
+def test_the_help_names_every_source(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["prepare", "--help"])
+    named = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    folder = Path(prepare.__path__[0])
+    assert named >= {file.stem for file in folder.glob("*.py") if "\nclass Config(" in file.read_text()}
+
+
+def test_the_commented_settings_of_the_example_are_right() -> None:
+    lines = (Path(__file__).parents[3] / "jobs/configs/prepare-table.toml").read_text()
+    for key in ("keep", "valid_from", "test_from"):
+        assert f"# {key} = " in lines
+        lines = lines.replace(f"# {key} = ", f"{key} = ")
+    config = parse(Config, tomllib.loads(lines), "test")
+    assert config.keep
+    assert config.split.valid_from
