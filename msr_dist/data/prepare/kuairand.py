@@ -35,6 +35,7 @@ from msr_dist.data.prepare.mapping import (
 Edition = Literal["pure", "1k", "27k"]
 PERIODS = ("4_08_to_4_21", "4_22_to_5_08")
 TABS = range(15)
+Tab = Annotated[int, Field(ge=TABS[0], le=TABS[-1])]
 ADVICE = "unpack the publisher's archive again (raw)"
 # The publisher's files have three kinds of columns that hold the label, and that must never be features. Feedback of
 # the log (play_time_ms, long_view, is_like and the other is_*, *_stay_time) is known only after the exposure; is_click
@@ -79,7 +80,7 @@ class Config(PrepareConfig):
     """The unpacked folder: KuaiRand-Pure, KuaiRand-1K or KuaiRand-27K, or the folder `data` in it."""
     edition: Edition | None = None
     """Which one, if files of several stand in the folder; otherwise their names say it."""
-    tabs: Annotated[tuple[int, ...], EachOnce] = Field(default=(0, 1, 2, 4, 6), min_length=1)
+    tabs: Annotated[tuple[Tab, ...], EachOnce] = Field(default=(0, 1, 2, 4, 6), min_length=1)
     """Tabs of the app (0 to 14) whose rows to keep; the default is the Scenario-Wise-Rec benchmark's."""
     random: bool = False
     """Whether to add the log of videos that were shown at random, in place of what the recommender had chosen."""
