@@ -208,13 +208,13 @@ def _search(
             runtime_env={"env_vars": THREADS, "worker_process_setup_hook": "msr_dist.launch.silence"},
         )
     _require_gpus(gpus, [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]])
-    trainable = tune.with_resources(partial(trial, base=dump(base)), {"cpu": 1, "gpu": gpus})
+    trainable = tune.with_resources(partial(trial, base=dump(base.absolute())), {"cpu": 1, "gpu": gpus})
     domains = {key: choice.domain() for key, choice in space.items()}
     # Not before: a search that never began must not keep another one from this name.
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(known, json.dumps(request, indent=1) + "\n")
     if tune.Tuner.can_restore(str(folder / "tune")):
-        tuner = tune.Tuner.restore(str(folder / "tune"), trainable, param_space=domains)
+        tuner = tune.Tuner.restore(str(folder / "tune"), trainable, restart_errored=True, param_space=domains)
     else:
         epochs = sum(stage.epochs for stage in base.stages)
         tuner = tune.Tuner(

@@ -1,5 +1,6 @@
 """A search on small data through the real command and Ray's own trials."""
 
+import os
 import re
 import signal
 import subprocess
@@ -41,7 +42,8 @@ def table(printed: str) -> list[list[str]]:
 
 
 def test_a_search_is_broken_off_and_goes_on_without_the_test_split(tmp_path, data, tune):
-    config = command.write_config(tmp_path, data, stages=[{"epochs": 6}])
+    # Relative, as in the examples: Ray's trials have a working directory of their own.
+    config = command.write_config(tmp_path, Path(os.path.relpath(data)), stages=[{"epochs": 6}])
     (data / "test").rename(tmp_path / "hidden")
     words = [config, "--trials", "3", "--workers", "1"]
     process = subprocess.Popen(
