@@ -204,10 +204,11 @@ class Head(nn.Module):
 
 
 def _stand_ins(schema: FeatureSchema) -> list[tuple[int, float]]:
-    """Scenarios that predict for those without training rows, and their shares."""
-    taught = sorted((s for s in schema.scenarios if s.rows), key=lambda s: -(s.rows or 0))[:_MOST_STAND_INS]
-    total = sum(s.rows or 0 for s in taught)
-    return [(s.id, (s.rows or 0) / total) for s in taught]
+    """Scenarios that predict for those without training rows, and their shares; rows that nobody counted are 1."""
+    rows = {scenario.id: scenario.rows or 1 for scenario in schema.scenarios if scenario.taught}
+    largest = sorted(rows, key=lambda scenario: -rows[scenario])[:_MOST_STAND_INS]
+    total = sum(rows[scenario] for scenario in largest)
+    return [(scenario, rows[scenario] / total) for scenario in largest]
 
 
 def _padded(x: JaggedTensor, pooling: str | None) -> Tensor:

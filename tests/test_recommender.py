@@ -149,6 +149,18 @@ def test_vectors_for_each_scenario():
     assert model.reserved_rows(schema) == {"users": 3 * canonical.USERS, "items_": 1, "tags": 1}
 
 
+def test_scenarios_whose_rows_nobody_counted_stand_in_as_equals():
+    class OfScenario(Backbone):
+        def forward(self, inputs: Inputs) -> Tensor:
+            return torch.tensor([9.0, 1.0, -1.0])[inputs.scenario][:, None].expand(-1, 2)
+
+    first, *others = canonical.schema().scenarios
+    scenarios = (first.model_copy(update={"rows": 0}), *others)
+    head = Head(canonical.schema().model_copy(update={"scenarios": scenarios}), OfScenario()).eval()
+    logits = head(embedded(["user", "item", "history", "tags"]), None, batch())[1].logits
+    torch.testing.assert_close(logits, torch.tensor([[0.0, 0.0], [-1.0, -1.0]]))
+
+
 @pytest.mark.parametrize("logit", [0.0, -30.0, 30.0, 200.0, -200.0])
 def test_a_stand_in_that_is_sure_is_still_a_number(logit):
     class Sure(Backbone):
