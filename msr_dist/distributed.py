@@ -4,17 +4,21 @@ Every launcher (local processes, torchrun, Ray) says it in the same environment 
 opened already is used as it is.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, HashStore, Store  # type: ignore[attr-defined]
 
 MEETING = "MSR_DIST_MEETING"
-"""Environment variable: the file by which local processes find each other."""
+"""Environment variable: the folder by whose files local processes find each other."""
+
+_opened = itertools.count()
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """Process group per device type; gloo stays beside NCCL for what lives in main memory, such as metrics."""
@@ -72,7 +76,8 @@ def _store(world_size: int) -> Store | None:
     if world_size == 1:
         return HashStore()
     meeting = os.environ.get(MEETING)
-    return FileStore(meeting, world_size) if meeting else None
+    # A file that served before may still hold addresses of a world that is closed.
+    return FileStore(str(Path(meeting, str(next(_opened)))), world_size) if meeting else None
 
 
 def is_first() -> bool:

@@ -5,6 +5,7 @@ Imports neither torch nor ray before it must: thread settings have to stand in t
 
 import logging
 import os
+import shutil
 import sys
 import uuid
 import warnings
@@ -112,8 +113,9 @@ def silence() -> None:
 def _in_processes(call: tuple[Any, ...], workers: int, folder: Path, _environment: dict[str, str]) -> None:
     from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
-    # They meet in a file and talk over the loopback interface: no port that another machine could reach.
+    # They meet in a folder and talk over the loopback interface: no port that another machine could reach.
     meeting = folder / f"meeting-{uuid.uuid4().hex}"
+    meeting.mkdir(parents=True)
     os.environ.update(dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback()))
     try:
         spawn(_rank, (workers, meeting, call), workers)  # type: ignore[no-untyped-call]
@@ -122,7 +124,7 @@ def _in_processes(call: tuple[Any, ...], workers: int, folder: Path, _environmen
     except ProcessRaisedException as error:
         raise _WorkersLostError(f"rank {error.error_index}: {_last_line(error)}", str(error)) from None
     finally:
-        meeting.unlink(missing_ok=True)
+        shutil.rmtree(meeting, ignore_errors=True)
 
 
 def _rank(rank: int, workers: int, meeting: Path, call: tuple[Any, ...]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,19 @@ def report_world(folder: Path) -> None:
         known = {"rank": world.rank, "world_size": world.world_size, "ranks": ranks, "local": world.local_rank}
         settings = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
         (folder / f"rank-{world.rank}.json").write_text(json.dumps(known | settings))
+
+
+def open_worlds_one_after_another(folder: Path) -> None:
+    """Rank 0 stays behind in each world while rank 1 opens the next."""
+    kept = []
+    for _ in range(6):
+        with open_world() as world:
+            # As long as one rank holds the store, it keeps what the ranks wrote into it.
+            kept = [dist.distributed_c10d._get_default_store()]
+        if world.rank == 0:
+            time.sleep(0.2)
+    del kept
+    report_world(folder)
 
 
 def refuse_on_rank_1(_folder: Path) -> None:

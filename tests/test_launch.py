@@ -21,6 +21,12 @@ def test_workers_know_each_other(tmp_path, launcher):
     assert all(entry["OMP_WAIT_POLICY"] == "passive" for entry in known)
 
 
+def test_a_world_does_not_meet_at_the_addresses_of_the_one_before(tmp_path):
+    launch(launched.open_worlds_one_after_another, tmp_path, "local", 2, tmp_path)
+    assert json.loads((tmp_path / "rank-1.json").read_text())["ranks"] == [0, 1]
+    assert not list(tmp_path.glob("meeting*"))
+
+
 def test_one_local_worker_is_this_process(tmp_path):
     launch(launched.report_world, tmp_path, "local", 1, tmp_path)
     assert json.loads((tmp_path / "rank-0.json").read_text())["world_size"] == 1
