@@ -1,0 +1,1 @@
+"""What a frozen language model knows of users and scenarios: histories, prompts, vectors."""
