@@ -14,6 +14,7 @@ from msr_dist.data.parquet import ParquetSource
 from msr_dist.distributed import World, open_world
 from msr_dist.files import write_whole
 from msr_dist.metrics import Report, ScenarioMetrics
+from msr_dist.parallel import Sharded
 from msr_dist.progress import Progress
 from msr_dist.run import CHECKPOINTS, METRICS_FILE, RunConfig, say_untaught
 from msr_dist.schema import FeatureSchema
@@ -30,21 +31,30 @@ def evaluate(run: RunConfig, split: str) -> None:
     with open_world() as world:
         schema = run.read_schema()
         say_untaught(schema, world)
-        found = Checkpoints(run.folder / CHECKPOINTS, run.checkpoint, world).newest()
-        if found is None:
-            raise ValueError(f"{run.folder}: no checkpoint to evaluate; train the run first")
-        sharded = run.build(schema, run.stages[min(found.state.stage, len(run.stages) - 1)], world)
-        found.restore({name: tensor for name, tensor in sharded.tensors().items() if name.startswith("model/")})
-        report = evaluate_split(run, schema, sharded.model, split, world)
+        report = evaluate_split(run, schema, trained(run, schema, world).model, split, world)
         if report is not None:
             write_report(report, metrics_file(run.folder, split))
+
+
+def trained(run: RunConfig, schema: FeatureSchema, world: World) -> Sharded:
+    """The model of `run` with the weights of its newest checkpoint; all ranks together.
+
+    Raises:
+        ValueError: there is no complete checkpoint, or it is another model's.
+    """
+    found = Checkpoints(run.folder / CHECKPOINTS, run.checkpoint, world).newest()
+    if found is None:
+        raise ValueError(f"{run.folder}: no checkpoint there; train the run first")
+    sharded = run.build(schema, run.stages[min(found.state.stage, len(run.stages) - 1)], world)
+    found.restore({name: tensor for name, tensor in sharded.tensors().items() if name.startswith("model/")})
+    return sharded
 
 
 def evaluate_split(run: RunConfig, schema: FeatureSchema, model: nn.Module, split: str, world: World) -> Report | None:
     """Metrics over all rows of `split`, on rank 0; None elsewhere. All ranks together; changes nothing in `model`."""
     loader = evaluation_loader(run, schema, split, world.rank, world.world_size)
     metrics = ScenarioMetrics(schema)
-    copies = schema.copies(schema.table(next(f.table for f in schema.features if f.name == schema.user)))
+    copies = schema.copies(schema.user_table)
     progress = Progress(f"evaluate {split}", loader.order.steps, shown=world.rank == 0)
     training = model.training
     model.eval()

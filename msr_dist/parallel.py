@@ -7,10 +7,12 @@ depend on the plan:
 - a replicated (data_parallel) table has no fused kernel; it gets the same algorithm as an ordinary optimizer. fbgemm's
   Adam skips rows that a batch does not touch, an ordinary one does not: that pair is refused;
 - row-wise Adagrad keeps one statistic per row, a column-wise shard would keep its own: that pair is refused too.
+
+A fixed table is not trained at all: its values are given, by row, and no optimizer changes them. Any layout goes.
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -41,6 +43,9 @@ from msr_dist.distributed import World
 from msr_dist.optim import DenseOptimizer, SparseOptimizer
 
 ShardingKind = Literal["table_wise", "row_wise", "table_row_wise", "column_wise", "data_parallel"]
+
+Values = Callable[[int, int], Tensor]
+"""First row and number of rows -> what they hold, `[rows, columns]`."""
 
 _DRAWN_ROWS = 1 << 16
 _KERNELS = {"data_parallel": EmbeddingComputeKernel.DENSE}
@@ -143,20 +148,24 @@ def shard(
     batch_size: int,
     seed: int,
     reserved: Mapping[str, int],
+    fixed: Mapping[str, Values] | None = None,
 ) -> Sharded:
     """Spread `module` over the world and build its optimizers.
 
     Tables are drawn from `seed` by row, so they start the same under any plan; the first rows of each, as many as
     `reserved` says by table name, stand for ids that training never sees and start at zero, which says nothing.
+    Tables in `fixed` hold the values that it gives by table name, and keep them: nothing trains them. A rank asks for
+    rows of its own shards alone, a part at a time. The module must not let a gradient reach a fixed table.
     `batch_size` is that of one rank; the planner's estimate alone depends on it.
 
     Raises:
         ValueError: the allowed layouts do not fit the optimizer, the device or the memory.
     """
+    fixed = fixed or {}
     # Before the sharder replaces the collections.
     tables = _tables(module)
     names = {f"{place}{table}.weight": table for place, listed in _places(module).items() for table in listed}
-    plan = make_plan(module, config, sparse, world, batch_size)
+    plan = make_plan(module, config, sparse, world, batch_size, fixed)
     model = DistributedModelParallel(
         module,
         env=ShardingEnv.from_process_group(dist.group.WORLD),
@@ -166,19 +175,34 @@ def shard(
         # Alone, it would only copy every gradient into its buckets and back.
         init_data_parallel=world.world_size > 1,
     )
-    sharded = Sharded(model, CombinedOptimizer(_optimizers(model, sparse, dense, names)), plan, names)
+    sharded = Sharded(model, CombinedOptimizer(_optimizers(model, sparse, dense, names, fixed)), plan, names)
     for name, weights, first_row, first_column in sharded.table_shards():
-        _draw(weights, first_row, first_column, tables[name], seed)
-        weights[: max(0, reserved[name] - first_row)].zero_()
+        if name in fixed:
+            _fill(weights, first_row, first_column, fixed[name])
+        else:
+            _draw(weights, first_row, first_column, tables[name], seed)
+            weights[: max(0, reserved[name] - first_row)].zero_()
     return sharded
 
 
 def make_plan(
-    module: nn.Module, config: ParallelConfig, sparse: SparseOptimizer, world: World, batch_size: int
+    module: nn.Module,
+    config: ParallelConfig,
+    sparse: SparseOptimizer,
+    world: World,
+    batch_size: int,
+    fixed: Collection[str] = (),
 ) -> ShardingPlan:
-    """Mark the tables with their optimizer and lay them out; all ranks together, or alone where none is connected."""
-    allowed = _allowed(config, sparse, _tables(module), world)
-    _apply_optimizer_in_backward(sparse.torch_class(), _table_parameters(module), sparse.arguments())
+    """Mark the tables with their optimizer and lay them out; all ranks together, or alone where none is connected.
+
+    Nothing trains the tables named in `fixed`.
+    """
+    allowed = _allowed(config, sparse, _tables(module), world, fixed)
+    trained = [parameter for name, parameter in _table_parameters(module) if name not in fixed]
+    kept = [parameter for name, parameter in _table_parameters(module) if name in fixed]
+    _apply_optimizer_in_backward(sparse.torch_class(), trained, sparse.arguments())
+    # A fused kernel cannot be without an optimizer on CPU; this one has no state, and at this rate moves nothing.
+    _apply_optimizer_in_backward(torch.optim.SGD, kept, {"lr": 0.0})
     return _plan(module, allowed, _tables(module), world, batch_size)
 
 
@@ -205,7 +229,11 @@ def _places(module: nn.Module) -> dict[str, list[str]]:
 
 
 def _allowed(
-    config: ParallelConfig, sparse: SparseOptimizer, tables: Mapping[str, BaseEmbeddingConfig], world: World
+    config: ParallelConfig,
+    sparse: SparseOptimizer,
+    tables: Mapping[str, BaseEmbeddingConfig],
+    world: World,
+    fixed: Collection[str],
 ) -> dict[str, tuple[str, ...]]:
     """Layouts that each table may have, by table name."""
     unknown = sorted(set(config.tables) - set(tables))
@@ -224,15 +252,19 @@ def _allowed(
         for kind in wanted:
             if kind in _REFUSED_LISTS and name in lists:
                 raise ValueError(f"parallel: table {name!r} has a list that attention reads: {_REFUSED_LISTS[kind]}")
-            if kind in refused:
+            if kind in refused and name not in fixed:
                 raise ValueError(f"parallel: table {name!r}: {kind} does not go with {sparse.kind}: {refused[kind]}")
         # One rank holds whole tables, whatever was asked for; TorchRec knows that layout by one name.
         allowed[name] = tuple(wanted) if world.world_size > 1 else ("table_wise",)
     return allowed
 
 
-def _table_parameters(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for child in module.modules() if _configs(child) for parameter in child.parameters()]
+def _table_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Table name and parameter."""
+    for child in module.modules():
+        if _configs(child):
+            for name, parameter in child.named_parameters():
+                yield name.split(".")[-2], parameter
 
 
 def _plan(
@@ -280,11 +312,15 @@ def _plan(
 
 
 def _optimizers(
-    model: DistributedModelParallel, sparse: SparseOptimizer, dense: DenseOptimizer, tables: Mapping[str, str]
+    model: DistributedModelParallel,
+    sparse: SparseOptimizer,
+    dense: DenseOptimizer,
+    tables: Mapping[str, str],
+    fixed: Collection[str],
 ) -> list[tuple[str, KeyedOptimizer]]:
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
-    replicated = {name: parameter for name, parameter in rest.items() if name in tables}
-    others = {name: parameter for name, parameter in rest.items() if name not in replicated}
+    replicated = {name: parameter for name, parameter in rest.items() if name in tables and tables[name] not in fixed}
+    others = {name: parameter for name, parameter in rest.items() if name not in tables}
     optimizers = [("", model.fused_optimizer), ("", KeyedOptimizerWrapper(others, dense.build))]
     if replicated:
         build = partial(sparse.torch_class(), **sparse.arguments())
@@ -312,3 +348,9 @@ def _draw(weights: Tensor, first_row: int, first_column: int, table: BaseEmbeddi
         part = weights[start : start + _DRAWN_ROWS]
         rows = torch.arange(first_row + start, first_row + start + part.size(0), device=weights.device)
         part.copy_(low + (high - low) * noise.uniform(seed ^ zlib.crc32(table.name.encode()), rows, columns))
+
+
+def _fill(weights: Tensor, first_row: int, first_column: int, values: Values) -> None:
+    for start in range(0, weights.size(0), _DRAWN_ROWS):
+        part = weights[start : start + _DRAWN_ROWS]
+        part.copy_(values(first_row + start, part.size(0))[:, first_column : first_column + part.size(1)])

@@ -16,7 +16,7 @@ from msr_dist.batch import ScenarioBatch
 from msr_dist.config import Config, parse
 from msr_dist.models.base import Backbone, Behaviours, Inputs, Widths
 from msr_dist.models.layers import TargetAttention
-from msr_dist.schema import Feature, FeatureSchema, Table
+from msr_dist.schema import KNOWLEDGE_TABLE, Feature, FeatureSchema, Table
 
 PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 _MOST_STAND_INS = 8
@@ -102,16 +102,20 @@ class Recommender(nn.Module):
         used = [table for table in schema.tables if _features(table, schema)]
         bags = [_bag(table, schema, config.init_scale) for table in used if table.name not in listed]
         lists = [_list(table, schema, config.init_scale) for table in used if table.name in listed]
+        known = [_bag(table, schema, config.init_scale) for table in _knowledge(schema)]
         meta = torch.device("meta")
         self.embeddings = EmbeddingBagCollection(tables=bags, device=meta) if bags else None
         self.sequences = EmbeddingCollection(tables=lists, device=meta) if lists else None
+        # Apart: a feature that one collection looks up in two tables has two names in its result.
+        self.knowledge = EmbeddingBagCollection(tables=known, device=meta) if known else None
         self.head = Head(schema, backbone, config.attention_widths)
 
     def forward(self, batch: ScenarioBatch) -> tuple[Tensor, Predictions]:
         """The loss to minimise and the predictions of this rank's rows."""
         pooled = None if self.embeddings is None else self.embeddings(batch.ids)
         lists = None if self.sequences is None else self.sequences(batch.ids)
-        result: tuple[Tensor, Predictions] = self.head(pooled, lists, batch)
+        known = None if self.knowledge is None else self.knowledge(batch.ids)
+        result: tuple[Tensor, Predictions] = self.head(pooled, lists, batch, known)
         return result
 
     def reserved_rows(self, schema: FeatureSchema) -> dict[str, int]:
@@ -122,7 +126,7 @@ class Recommender(nn.Module):
         """
         return {
             module_name(table.name): table.rows * schema.copies(table) if table.per_scenario else 1
-            for table in schema.tables
+            for table in (*schema.tables, *_knowledge(schema))
         }
 
 
@@ -144,6 +148,7 @@ class Head(nn.Module):
         self._numerics = [[i for i, n in enumerate(schema.numerics) if n.group == group] for group in self._groups]
         self._pooling = {feature.name: feature.pooling for feature in schema.features}
         self._targets = {f.name: schema.target(f).name for f in schema.features if f.pooling == "attention"}
+        self._knowledge, self._user, self._copies = schema.knowledge, schema.user, schema.copies(schema.user_table)
         self.attention = nn.ModuleDict(
             {
                 module_name(feature.name): TargetAttention(schema.table(feature.table).width, attention_widths)
@@ -157,10 +162,16 @@ class Head(nn.Module):
         self.register_buffer("untaught", untaught, persistent=False)
 
     def forward(
-        self, pooled: KeyedTensor | None, lists: dict[str, JaggedTensor] | None, batch: ScenarioBatch
+        self,
+        pooled: KeyedTensor | None,
+        lists: dict[str, JaggedTensor] | None,
+        batch: ScenarioBatch,
+        known: KeyedTensor | None = None,
     ) -> tuple[Tensor, Predictions]:
         """The backbone's loss, averaged over the rows of all ranks."""
         inputs = self._inputs(pooled, lists or {}, batch)
+        if known is not None:
+            inputs = replace(inputs, user=batch.ids[self._user].values() // self._copies, knowledge=self._known(known))
         objective = self.backbone.objective(inputs)
         loss = objective.loss(batch.labels, batch.weights) / batch.rows_per_rank
         logits = objective.logits.detach()
@@ -189,6 +200,15 @@ class Head(nn.Module):
             parts = [columns[feature].float() for feature in features]
             groups[group] = torch.cat([*parts, batch.numeric[:, numerics]] if numerics else parts, dim=1)
         return Inputs(groups, batch.scenario, batch.row, behaviours)
+
+    def _known(self, looked_up: KeyedTensor) -> Tensor:
+        """`[B, K + 1]` fp32: the user's vector, and whether it is known."""
+        assert self._knowledge is not None
+        vectors: Tensor = looked_up.to_dict()[self._user].float()
+        if self._knowledge.trained:
+            return torch.cat([vectors, vectors.new_ones(len(vectors), 1)], dim=1)
+        # Detached: the table is fixed, so no gradient may go back to it.
+        return vectors[:, : self._knowledge.width + 1].detach()
 
     def _stand_in(self, inputs: Inputs, logits: Tensor) -> Tensor:
         rows = self.untaught[inputs.scenario].nonzero().squeeze(1)
@@ -224,7 +244,21 @@ def module_name(table: str) -> str:
     return f"{name}_" if hasattr(nn.ModuleDict, name) or name == "training" else name
 
 
+def _knowledge(schema: FeatureSchema) -> list[Table]:
+    """The table of what a language model says of users, where there is one: as many rows as the users' own."""
+    if schema.knowledge is None:
+        return []
+    users, width = schema.user_table, schema.knowledge.width
+    if schema.knowledge.trained:
+        return [users.model_copy(update={"name": KNOWLEDGE_TABLE, "width": width})]
+    # One more column says whether the user is known; the kernels want a multiple of 4.
+    fixed = {"name": KNOWLEDGE_TABLE, "width": width + 4, "precision": "fp16"}
+    return [users.model_copy(update=fixed)]
+
+
 def _features(table: Table, schema: FeatureSchema) -> list[str]:
+    if table.name == KNOWLEDGE_TABLE and schema.knowledge is not None:
+        return [schema.user]
     return [feature.name for feature in schema.features if feature.table == table.name]
 
 

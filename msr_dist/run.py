@@ -24,11 +24,12 @@ from msr_dist.config import Config, component, dump, load
 from msr_dist.data.loader import LoaderConfig
 from msr_dist.distributed import World
 from msr_dist.files import write_whole
+from msr_dist.knowledge import KnowledgeConfig, UserVectors
 from msr_dist.models.base import BackboneConfig
 from msr_dist.optim import DenseOptimizer, Schedule, SparseOptimizer
 from msr_dist.parallel import ParallelConfig, Sharded, make_plan, shard
 from msr_dist.recommender import EmbeddingsConfig, Recommender, module_name
-from msr_dist.schema import FeatureSchema
+from msr_dist.schema import KNOWLEDGE_TABLE, FeatureSchema
 from msr_dist.tracking import TrackingConfig
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,10 @@ class EvaluationConfig(Config):
 
 
 class RunConfig(Config):
-    """Everything about a run. `seed`, `data`, `loader`, `embeddings`, `model` and `stages` decide its losses."""
+    """Everything about a run.
+
+    `seed`, `data`, `loader`, `embeddings`, `knowledge`, `model` and `stages` decide its losses.
+    """
 
     name: str = Field(min_length=1, pattern=r"^\w[\w.-]*$")
     """Names the run's folder and the run in MLflow; the same name continues the same run."""
@@ -77,6 +81,8 @@ class RunConfig(Config):
     """A folder that `msr-dist prepare` has made."""
     loader: LoaderConfig = LoaderConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    knowledge: KnowledgeConfig | None = None
+    """What a language model says of users and scenarios, for models that read it."""
     model: component("msr_dist.models")  # type: ignore[valid-type]
     """`kind` names a file in msr_dist/models, or a module of your own; the other keys are that model's."""
     parallel: ParallelConfig = ParallelConfig()
@@ -94,12 +100,28 @@ class RunConfig(Config):
 
     def absolute(self) -> Self:
         """The same run with paths that hold in any working directory: a worker's is not the driver's."""
-        return self.model_copy(update={"runs": self.runs.absolute(), "data": self.data.absolute()})
+        changed: dict[str, Any] = {"runs": self.runs.absolute(), "data": self.data.absolute()}
+        if self.knowledge is not None:
+            changed["knowledge"] = self.knowledge.model_copy(update={"store": self.knowledge.store.absolute()})
+        return self.model_copy(update=changed)
 
     def read_schema(self) -> FeatureSchema:
-        """The schema of the data with this run's tables."""
+        """The schema of the data with this run's tables; ValueError where the data, or what is known, do not fit."""
         assert isinstance(self.model, BackboneConfig)
-        return self.model.adapt(self.embeddings.apply(FeatureSchema.read(self.data)))
+        if self.knowledge is None and self.model.reads_knowledge:
+            raise ValueError(
+                f"model: kind {self.model.kind!r} reads what a language model says of the users: make that with "
+                "`msr-dist extract`, and name the folder with knowledge.store=STORE"
+            )
+        if self.knowledge is not None and not self.model.reads_knowledge:
+            raise ValueError(
+                f"knowledge: kind {self.model.kind!r} does not read it: leave that section out, or wrap the model with "
+                f"model.kind='llm4msr' and model.backbone.kind={self.model.kind!r}"
+            )
+        schema = self.embeddings.apply(FeatureSchema.read(self.data))
+        if self.knowledge is not None:
+            schema = self.knowledge.apply(schema, self.data)
+        return self.model.adapt(schema)
 
     def epochs_before(self, stage: int) -> int:
         """Epochs of all stages before the one of that index."""
@@ -107,7 +129,7 @@ class RunConfig(Config):
 
     def check_tables(self, schema: FeatureSchema) -> None:
         """Raise ValueError where a layout is given for a table that the data do not have."""
-        known = [table.name for table in schema.tables]
+        known = [table.name for table in schema.tables] + ([KNOWLEDGE_TABLE] if schema.knowledge else [])
         unknown = sorted(set(self.parallel.tables) - set(known))
         if unknown:
             raise ValueError(f"parallel.tables: no table {unknown[0]!r} in the data; it has {', '.join(known)}")
@@ -117,8 +139,11 @@ class RunConfig(Config):
 
         A folder without a checkpoint has nothing to continue: another configuration moves it out of the way.
         """
+        resolved = self
+        if self.knowledge is not None:
+            resolved = self.model_copy(update={"knowledge": self.knowledge.pinned()})
         if (self.folder / CONFIG_FILE).exists():
-            before, now = _losses(load(RunConfig, self.folder / CONFIG_FILE)), _losses(self)
+            before, now = _losses(load(RunConfig, self.folder / CONFIG_FILE)), _losses(resolved)
             changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
             if changed and any((self.folder / CHECKPOINTS).glob("stage-*")):
                 key = changed[0]
@@ -129,7 +154,7 @@ class RunConfig(Config):
             if changed:
                 self.folder.rename(self.folder.with_name(f"{self.name}.abandoned-{time.time_ns()}"))
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / CONFIG_FILE, dump(self))
+        write_whole(self.folder / CONFIG_FILE, dump(resolved))
 
     @contextmanager
     def locked(self, world: World) -> Iterator[None]:
@@ -152,14 +177,16 @@ class RunConfig(Config):
         recommender.head.to(world.device)
         rows = -(-self.loader.batch_size // world.world_size)
         reserved = recommender.reserved_rows(schema)
-        return shard(recommender, self._layouts(), stage.sparse, stage.dense, world, rows, self.seed, reserved)
+        fixed = {table: UserVectors(schema, self.seed) for table in _fixed(schema)}
+        return shard(recommender, self._layouts(), stage.sparse, stage.dense, world, rows, self.seed, reserved, fixed)
 
     def dry_plan(self, world_size: int) -> str:
         """The sharding plan for `world_size` ranks on machines like this one, without any data or process group."""
         world = World.imagined(world_size)
         rows = -(-self.loader.batch_size // world_size)
-        recommender = self._recommender(self.read_schema())
-        return str(make_plan(recommender, self._layouts(), self.stages[0].sparse, world, rows))
+        schema = self.read_schema()
+        recommender = self._recommender(schema)
+        return str(make_plan(recommender, self._layouts(), self.stages[0].sparse, world, rows, _fixed(schema)))
 
     def _recommender(self, schema: FeatureSchema) -> Recommender:
         torch.manual_seed(self.seed)
@@ -188,6 +215,11 @@ def read_run(folder: Path) -> RunConfig:
     return run.model_copy(update={"runs": folder.absolute().parent, "name": folder.absolute().name})
 
 
+def _fixed(schema: FeatureSchema) -> list[str]:
+    """Tables that the run does not train."""
+    return [KNOWLEDGE_TABLE] if schema.knowledge is not None and not schema.knowledge.trained else []
+
+
 def _losses(run: RunConfig) -> dict[str, Any]:
     """What decides the losses, by dotted key."""
     flat: dict[str, Any] = {}
@@ -200,10 +232,10 @@ def _losses(run: RunConfig) -> dict[str, Any]:
             flat[prefix] = value
 
     whole = run.absolute().model_dump(mode="json")
-    for key in ("seed", "data", "loader", "embeddings", "model"):
+    for key in ("seed", "data", "loader", "embeddings", "knowledge", "model"):
         walk(key, whole[key])
     for index, stage in enumerate(whole["stages"]):
         walk(f"stages.{index}", stage)
-    for key in ("loader.threads", "loader.prefetch"):
-        del flat[key]
+    for key in ("loader.threads", "loader.prefetch", "knowledge.model", "knowledge.pooling", "knowledge.cutoff"):
+        flat.pop(key, None)
     return flat

@@ -24,6 +24,8 @@ SCHEMA_FILE = "schema.toml"
 SPLITS = ("train", "valid", "test")
 UNSEEN = 0
 """The row of every table for ids that training never saw."""
+KNOWLEDGE_TABLE = "knowledge"
+"""The table of users' vectors of a language model, in runs that have them."""
 
 
 class Scenario(Config):
@@ -88,6 +90,25 @@ class Label(Config):
     """A column of non-negative weights of the row in this label's loss and metrics."""
 
 
+class Knowledge(Config):
+    """What a language model says of users and scenarios, where a run asks for it; never part of `schema.toml`."""
+
+    folder: Path
+    """Users' vectors by row of the user's table."""
+    width: int = Field(ge=1)
+    """Length of a user's vector."""
+    scenarios: tuple[tuple[float, ...], ...]
+    """A vector for each scenario."""
+    vectors: Literal["knowledge", "random", "shuffled", "trained"] = "knowledge"
+    """Those of the language model; or, as controls, fixed random ones, each user with another user's, or an embedding
+    of the user that is trained."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether the users' vectors are an ordinary table; all others are fixed."""
+        return self.vectors == "trained"
+
+
 class FeatureSchema(Config):
     """Tables, features, scenarios and labels of one prepared data set."""
 
@@ -105,6 +126,7 @@ class FeatureSchema(Config):
     tables: tuple[Table, ...] = Field(min_length=1)
     features: tuple[Feature, ...] = Field(min_length=1)
     numerics: tuple[Numeric, ...] = ()
+    knowledge: Knowledge | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -136,6 +158,11 @@ class FeatureSchema(Config):
     def table(self, name: str) -> Table:
         """The table called `name`."""
         return next(table for table in self.tables if table.name == name)
+
+    @property
+    def user_table(self) -> Table:
+        """The table of the user."""
+        return self.table(next(feature.table for feature in self.features if feature.name == self.user))
 
     def copies(self, table: Table) -> int:
         """Vectors per id: one, or one per scenario."""

@@ -6,22 +6,26 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 import canonical
+from msr_dist import noise
 from msr_dist.checkpoint import CheckpointConfig, Checkpoints, TrainState
 from msr_dist.data.loader import Loader, LoaderConfig
 from msr_dist.data.order import Order
 from msr_dist.data.parquet import ParquetSource
-from msr_dist.distributed import open_world
+from msr_dist.distributed import World, open_world
 from msr_dist.models.base import BackboneConfig
 from msr_dist.models.mmoe import Config as Mmoe
 from msr_dist.optim import DenseOptimizer, Schedule, SparseOptimizer
 from msr_dist.parallel import ParallelConfig, TableSharding, shard
 from msr_dist.recommender import EmbeddingsConfig, FeatureOverride, Recommender
+from msr_dist.schema import Knowledge
+from others.knowing import Config as Knowing
 
 
 def report_world(folder: Path) -> None:
@@ -145,17 +149,106 @@ def train_every_model(job: EveryModel) -> None:
     losses: list[list[float]] = []
     with open_world() as world:
         for config in job.configs:
-            schema = config.adapt(embeddings.apply(canonical.schema(scenarios=5)))
+            schema = embeddings.apply(canonical.schema(scenarios=5))
+            if config.reads_knowledge:
+                vectors = tuple((float(scenario), 1.0) for scenario in range(5))
+                knowledge = Knowledge(folder=job.folder, width=8, scenarios=vectors)
+                schema = schema.model_copy(update={"knowledge": knowledge})
+            schema = config.adapt(schema)
             source = ParquetSource(job.data / "train", schema)
             order = Order(tuple(group.rows for group in source.row_groups), 6, 30, seed=1, window_rows=600)
             torch.manual_seed(0)
             model = Recommender(schema, config.build(schema), embeddings)
             layouts = ParallelConfig(sharding=("row_wise",))
             reserved = model.reserved_rows(schema)
-            sharded = shard(model, layouts, SparseOptimizer(), DenseOptimizer(), world, 15, seed=1, reserved=reserved)
+            fixed = {"knowledge": said} if schema.knowledge and not schema.knowledge.trained else {}
+            sharded = shard(
+                model, layouts, SparseOptimizer(), DenseOptimizer(), world, 15, seed=1, reserved=reserved, fixed=fixed
+            )
             batches = Loader(source, schema, order, world.rank, world.world_size, LoaderConfig()).batches(0, 8)
             pipeline = TrainPipelineSparseDist(sharded.model, sharded.optimizer, world.device, execute_all_batches=True)
             found = [world.sum(pipeline.progress(batches).loss.double()).item() for _ in range(8)]
             losses.append([loss / world.world_size for loss in found])
         if world.rank == 0:
             (job.folder / f"losses-{world.world_size}.json").write_text(json.dumps(losses))
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Some steps of a model that looks up a table in a layout, which is fixed if not `trained`."""
+
+    layout: str
+    trained: bool = False
+    first: int = 0
+    last: int = 12
+    save: bool = False
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """One run after the other, as `train_lookups` does them."""
+
+    data: Path
+    folder: Path
+    runs: tuple[Lookup, ...]
+
+
+def said(first: int, count: int) -> torch.Tensor:
+    """Vectors of 8 numbers, a flag and 3 columns that only fill up, of users in turn; of every third one, nothing."""
+    rows = torch.arange(first, first + count)
+    values = torch.zeros(count, 12)
+    values[:, :8] = noise.uniform(7, rows, torch.arange(8)) * 4 - 2
+    values[:, 8] = 1
+    values[rows % 3 == 0] = 0
+    return values.half().float()
+
+
+def train_lookups(job: Lookups) -> None:
+    """Leave what each rank saw of each run in lookups-WORLD_SIZE-RANK.json."""
+    with open_world() as world:
+        reports = [_look_up(job, run, world) for run in job.runs]
+        (job.folder / f"lookups-{world.world_size}-{world.rank}.json").write_text(json.dumps(reports))
+
+
+def _look_up(job: Lookups, run: Lookup, world: World) -> dict[str, Any]:
+    """The losses, the ranges of rows that the rank asked for, whether the table was as given at the end, and the names
+    of the tensors that a checkpoint has of it."""
+    knowledge = Knowledge(folder=job.folder, width=8, scenarios=((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)))
+    config = Knowing(vectors="trained" if run.trained else "knowledge")
+    schema = config.adapt(canonical.schema().model_copy(update={"knowledge": knowledge}))
+    source = ParquetSource(job.data / "train", schema)
+    order = Order(tuple(group.rows for group in source.row_groups), 6, 120, seed=1, window_rows=600)
+    asked: list[tuple[int, int]] = []
+
+    def values(first: int, count: int) -> torch.Tensor:
+        asked.append((first, count))
+        return said(first, count)
+
+    torch.manual_seed(0)
+    model = Recommender(schema, config.build(schema), EmbeddingsConfig())
+    layouts = ParallelConfig(sharding=("table_wise",), tables={"knowledge": TableSharding(sharding=(run.layout,))})
+    dense, schedule = DenseOptimizer(kind="adamw", lr=0.01, weight_decay=0.1), Schedule(warmup_steps=3, decay="linear")
+    fixed = {} if run.trained else {"knowledge": values}
+    reserved = model.reserved_rows(schema)
+    sharded = shard(model, layouts, SparseOptimizer(), dense, world, 60, seed=1, reserved=reserved, fixed=fixed)
+    checkpoints = Checkpoints(job.folder / "checkpoints", CheckpointConfig(), world)
+    if run.first:
+        found = checkpoints.newest()
+        assert found is not None
+        sharded.allocate_state()
+        found.restore(sharded.tensors())
+    batches = Loader(source, schema, order, world.rank, world.world_size, LoaderConfig()).batches(run.first, run.last)
+    pipeline = TrainPipelineSparseDist(sharded.model, sharded.optimizer, world.device, execute_all_batches=True)
+    losses = []
+    for step in range(run.first, run.last):
+        sharded.scale_learning_rates(schedule.factor(step, 12))
+        losses.append(world.sum(pipeline.progress(batches).loss.double()).item() / world.world_size)
+    if run.save:
+        checkpoints.save(sharded.tensors(), TrainState(step=run.last))
+    kept = [
+        torch.equal(weights, said(row, len(weights))[:, column : column + weights.size(1)].half())
+        for name, weights, row, column in sharded.table_shards()
+        if name == "knowledge"
+    ]
+    tensors = sorted(name for name in sharded.tensors() if "knowledge.embedding_bags" in name)
+    return {"losses": losses, "asked": asked, "kept": all(kept), "tensors": tensors}

@@ -102,7 +102,7 @@ def test_wrong_paths_get_one_line(tmp_path, data, capsys):
     (tmp_path / "runs/new").mkdir(parents=True)
     config = (tmp_path / "run.toml").read_text()
     (tmp_path / "runs/new/config.toml").write_text(config)
-    assert "no checkpoint to evaluate; train the run first" in refused(capsys, "evaluate", tmp_path / "runs/new")
+    assert "no checkpoint there; train the run first" in refused(capsys, "evaluate", tmp_path / "runs/new")
 
 
 def test_prepare_writes_data_that_train_takes(tmp_path, capsys):

@@ -97,6 +97,66 @@ def test_the_learning_rate_really_moves(tmp_path, data):
     assert still[0] == constant[0]
 
 
+LAYOUTS = ("table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel")
+
+
+@pytest.fixture(scope="module")
+def lookups(tmp_path_factory, data) -> dict[int, list[list[dict]]]:
+    """World size -> run -> rank -> what it saw: a fixed table in every layout, a trained one, and a resumed run."""
+    folder = tmp_path_factory.mktemp("lookups")
+    fixed, trained = [launched.Lookup(layout) for layout in LAYOUTS], launched.Lookup("row_wise", trained=True)
+    runs = {
+        1: (launched.Lookup("table_wise"), launched.Lookup("table_wise", trained=True)),
+        2: (*fixed, trained, launched.Lookup("column_wise", last=6, save=True)),
+        3: (*fixed, trained, launched.Lookup("row_wise", first=6), launched.Lookup("data_parallel", first=6)),
+    }
+    found = {}
+    for workers, chosen in runs.items():
+        launch(launched.train_lookups, launched.Lookups(data, folder, chosen), "local", workers, folder)
+        files = [folder / f"lookups-{workers}-{rank}.json" for rank in range(workers)]
+        found[workers] = list(zip(*(json.loads(file.read_text()) for file in files), strict=True))
+    return found
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_fixed_table_is_the_same_under_any_layout_and_stays_as_it_was_given(lookups, workers, layout):
+    ((alone,), _) = lookups[1]
+    for rank in lookups[workers][LAYOUTS.index(layout)]:
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+        assert rank["kept"]
+        assert rank["tensors"] == ["model/knowledge.embedding_bags.knowledge.weight"]
+
+
+def test_a_rank_asks_for_the_values_of_its_own_rows_alone(lookups):
+    row_wise, replicated = LAYOUTS.index("row_wise"), LAYOUTS.index("data_parallel")
+    assert [rank["asked"] for rank in lookups[2][row_wise]] == [[[0, 30]], [[30, 30]]]
+    assert [rank["asked"] for rank in lookups[3][row_wise]] == [[[0, 20]], [[20, 20]], [[40, 20]]]
+    assert [rank["asked"] for rank in lookups[2][replicated]] == [[[0, 60]], [[0, 60]]]
+    assert sorted(rank["asked"] for rank in lookups[2][0]) == [[], [[0, 60]]]
+
+
+def test_a_checkpoint_with_a_fixed_table_continues_under_any_plan(lookups):
+    ((alone,), _) = lookups[1]
+    for run in lookups[3][-2:]:
+        for rank in run:
+            assert rank["losses"] == pytest.approx(alone["losses"][6:], rel=1e-6)
+            assert rank["kept"]
+
+
+def test_a_trained_table_in_the_place_of_a_fixed_one(lookups):
+    ((fixed,), (alone,)) = lookups[1]
+    assert alone["losses"][6:] != pytest.approx(fixed["losses"][6:], rel=1e-4)
+    for rank in (*lookups[2][len(LAYOUTS)], *lookups[3][len(LAYOUTS)]):
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+        assert not rank["kept"]
+        assert rank["asked"] == []
+        assert rank["tensors"] == [
+            "model/knowledge.embedding_bags.knowledge.weight",
+            "optimizer/knowledge.embedding_bags.knowledge.weight/momentum1",
+        ]
+
+
 def plan(config: ParallelConfig, optimizer="rowwise_adagrad", world_size=2, rows=None):
     schema = canonical.schema()
     if rows:

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
+from torchrec.modules.embedding_configs import DataType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 import canonical
@@ -14,6 +17,7 @@ from msr_dist.recommender import (
     TableOverride,
     module_name,
 )
+from msr_dist.schema import FeatureSchema, Knowledge
 
 
 class Remembering(Backbone):
@@ -147,6 +151,50 @@ def test_vectors_for_each_scenario():
     rows = {table.name: table.num_embeddings for table in model.embeddings.embedding_bag_configs()}
     assert rows == {"users": 3 * canonical.USERS, "items_": canonical.ITEMS, "tags": canonical.TAGS}
     assert model.reserved_rows(schema) == {"users": 3 * canonical.USERS, "items_": 1, "tags": 1}
+
+
+def informed(vectors: str = "knowledge", per_scenario: bool = False) -> FeatureSchema:
+    knowledge = Knowledge(folder=Path("store"), width=4, scenarios=((0.0,),) * 3, vectors=vectors)
+    users = canonical.schema().table("users").model_copy(update={"per_scenario": per_scenario})
+    return canonical.schema().with_tables({"users": users}).model_copy(update={"knowledge": knowledge})
+
+
+@pytest.mark.parametrize("per_scenario", [False, True])
+def test_what_is_known_of_a_user_reaches_the_backbone_and_no_gradient_comes_back(per_scenario):
+    backbone = Remembering()
+    rows = torch.tensor([[1.0, 2, 3, 4, 1, 0, 0, 0], [0.0] * 8], requires_grad=True)
+    known = KeyedTensor(keys=["user"], length_per_key=[8], values=rows)
+    pooled = embedded(["user", "item", "history", "tags"])
+    Head(informed(per_scenario=per_scenario), backbone)(pooled, None, batch(), known)
+    assert backbone.seen.knowledge.tolist() == [[1, 2, 3, 4, 1], [0] * 5]
+    assert not backbone.seen.knowledge.requires_grad
+    assert backbone.seen.user.tolist() == ([0, 0] if per_scenario else [1, 2])
+    Head(canonical.schema(), backbone)(pooled, None, batch())
+    assert backbone.seen.knowledge is backbone.seen.user is None
+
+
+def test_a_trained_embedding_in_the_place_of_what_is_known():
+    backbone = Remembering()
+    rows = torch.tensor([[1.0, 2, 3, 4], [0.0] * 4], requires_grad=True)
+    known = KeyedTensor(keys=["user"], length_per_key=[4], values=rows)
+    Head(informed("trained"), backbone)(embedded(["user", "item", "history", "tags"]), None, batch(), known)
+    assert backbone.seen.knowledge.tolist() == [[1, 2, 3, 4, 1], [0, 0, 0, 0, 1]]
+    assert backbone.seen.knowledge.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("vectors", "width", "precision"),
+    [("knowledge", 8, DataType.FP16), ("random", 8, DataType.FP16), ("trained", 4, DataType.FP32)],
+)
+def test_the_table_of_what_is_known_has_the_rows_of_the_users(vectors, width, precision):
+    for per_scenario, rows in ((False, canonical.USERS), (True, 3 * canonical.USERS)):
+        schema = informed(vectors, per_scenario)
+        model = Recommender(schema, Remembering(), EmbeddingsConfig())
+        (table,) = model.knowledge.embedding_bag_configs()
+        assert (table.name, table.num_embeddings, table.feature_names) == ("knowledge", rows, ["user"])
+        assert (table.embedding_dim, table.data_type) == (width, precision)
+        assert model.reserved_rows(schema)["knowledge"] == (rows if per_scenario else 1)
+    assert _model().knowledge is None
 
 
 def test_scenarios_whose_rows_nobody_counted_stand_in_as_equals():
