@@ -1,5 +1,6 @@
 """The command `msr-dist`. Loads nothing heavy before a command needs it: --help answers at once."""
 
+import os
 import shutil
 import sys
 from functools import partial
@@ -13,6 +14,7 @@ from msr_dist.launch import Launcher, LaunchError, launch, log_to_stderr, set_th
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from msr_dist.llm.compress import Precision
     from msr_dist.run import RunConfig
 
 _FOLDER = click.Path(path_type=Path)
@@ -169,6 +171,142 @@ def evaluate(run: Path, split: str, launcher: Launcher, workers: int, restarts: 
     _everywhere(partial(evaluate_run, split=split), chosen, launcher, workers, restarts)
     if is_first():
         _show(chosen, split)
+
+
+@main.command()
+@click.argument("run", type=_FOLDER)
+@click.option("--against", multiple=True, type=_FOLDER, help="Another run to compare with; may be given several times.")
+def report(run: Path, against: tuple[Path, ...]) -> None:
+    """Write RUN/report.html: what RUN, a finished run's folder, gains and has learned, on one page.
+
+    It is compared with the runs beside it that differ in the model alone. For LLM4MSR these are its backbone, ablations
+    and controls; the page also shows how strongly its meta layers act, and which scenarios and users the language model
+    finds alike. The run in MLflow gets the page as well.
+
+    \b
+    Examples:
+      msr-dist report runs/llm4msr
+      msr-dist report runs/llm4msr --against elsewhere/star --against elsewhere/star-seed1
+    """
+    set_threads(1)
+    from msr_dist.report import write
+
+    file, tracked = write(run, against)
+    click.echo(f"report   {_near(file)}{' (and in MLflow)' if tracked else ''}")
+
+
+@main.command()
+@click.argument("config", type=_FOLDER)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@_launching
+def extract(config: Path, settings: tuple[str, ...], launcher: Launcher, workers: int, restarts: int) -> None:
+    """Have a frozen language model read what each user engaged with, and keep a vector of every user and scenario.
+
+    CONFIG (TOML) names prepared data, the model, and the folder OUT to write. The same command again goes on where it
+    stopped; where the data have changed since, only users whose prompt is another one are encoded again. On a CPU every
+    worker has one core, and a model of its own in memory; with GPUs each has one.
+
+    \b
+    A configuration that is complete:
+      data = "data/ml-1m"
+      out = "knowledge/ml-1m"
+      [model]
+      name = "HuggingFaceTB/SmolLM2-135M-Instruct"   # or a local folder, or a .gguf file
+      [compress]
+      width = 64
+
+    \b
+    Examples:
+      msr-dist extract jobs/configs/extract-movielens.toml --workers 2
+      msr-dist extract jobs/configs/extract-movielens.toml history.before=970000000 --launcher ray --workers 8
+      msr-dist extract jobs/configs/extract-movielens.toml out=knowledge/last model.pooling=last_prompt_token
+    """
+    if world_size():
+        raise ValueError("extract starts its own workers: call it without torchrun, with --workers")
+    # Before torch is loaded. Each worker has one thread, so that vectors do not depend on how many workers there are.
+    set_threads(os.cpu_count() or 1)
+    from rich.console import Console
+
+    from msr_dist.config import load
+    from msr_dist.extract import ExtractConfig
+    from msr_dist.extract import extract as extract_all
+
+    chosen = load(ExtractConfig, config, settings)
+    summary = extract_all(chosen, launcher, workers, restarts)
+    Console(width=None if Console().is_terminal else 120).print(summary.table())
+    bin_folder = _bin_folder()
+    click.echo(f"vectors  {chosen.out}")
+    if summary.compressed is None:
+        click.echo(f"next     {bin_folder}msr-dist compress {chosen.out} --width 64")
+    else:
+        asked = f"knowledge.store={chosen.out} knowledge.width={len(summary.compressed.retained)}"
+        click.echo(f"next     {bin_folder}msr-dist train RUN.toml model.kind=llm4msr model.backbone.kind=star {asked}")
+
+
+@main.command()
+@click.argument("store", type=_FOLDER)
+@click.option("--width", default=64, show_default=True, type=click.IntRange(1), help="Principal components to keep.")
+@click.option(
+    "--precision", default="fp16", show_default=True, type=click.Choice(["fp16", "int8"]), help="Of the numbers."
+)
+@click.option("--whiten/--no-whiten", default=True, show_default=True, help="Give every component the same variance.")
+@click.option(
+    "--sample",
+    default=100_000,
+    show_default=True,
+    type=click.IntRange(2),
+    help="Users that the components are fitted on.",
+)
+@click.option("--seed", default=0, show_default=True, help="Draws the sample.")
+def compress(store: Path, width: int, precision: "Precision", whiten: bool, sample: int, seed: int) -> None:
+    """Bring the vectors of STORE, the folder of an extraction, to the width that training wants.
+
+    STORE/pca-WIDTH holds them by row of the user's table; widths stand beside each other.
+
+    \b
+    Examples:
+      msr-dist compress knowledge/ml-1m --width 64
+      msr-dist compress knowledge/ml-1m --width 128 --precision int8
+    """
+    set_threads(1)
+    from msr_dist.llm.compress import compress as compress_store
+
+    report = compress_store(store, width, whiten=whiten, precision=precision, sample=sample, seed=seed)
+    click.echo(f"{'made' if report.made else 'was there already'}: {report.folder}, {report.users:,} users")
+    click.echo(f"width {width} keeps {report.total:.1%} of the variance, as {report.sampled:,} users have it")
+    most = 8
+    shares = " ".join(f"{share:.1%}" for share in report.retained[:most])
+    click.echo(f"by component: {shares}{' ...' if width > most else ''}")
+
+
+@main.command()
+@click.argument("config", type=_FOLDER)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--user", help="Id of a user, as the raw data have it.")
+@click.option("--scenario", help="Name of a scenario.")
+def prompts(config: Path, settings: tuple[str, ...], user: str | None, scenario: str | None) -> None:
+    """Print what the language model is given to read by the extraction CONFIG: of all scenarios and a user, or of one.
+
+    \b
+    Examples:
+      msr-dist prompts jobs/configs/extract-movielens.toml
+      msr-dist prompts jobs/configs/extract-movielens.toml --user 4711
+      msr-dist prompts jobs/configs/extract-movielens.toml prompts.user_template=mine.txt --user 4711
+    """
+    set_threads(1)
+    from msr_dist.config import load
+    from msr_dist.extract import ExtractConfig, show_prompts
+
+    shared = ""
+    for shown in show_prompts(load(ExtractConfig, config, settings), user, scenario):
+        start, text = shown.prompt.own_start, shown.prompt.text
+        click.secho(f"== {shown.title}: {shown.tokens} tokens", bold=True)
+        if text[:start] != shared:
+            shared = text[:start]
+            click.secho(shared.rstrip("\n"), dim=True)
+            click.echo()
+        click.secho(f"-- its own part: {shown.own_tokens} tokens", bold=True)
+        click.echo(f"{text[start:]}\n")
 
 
 def _own_workers(launcher: Launcher, workers: int) -> int:

@@ -156,17 +156,12 @@ def _loopback() -> str:
 def _on_ray(call: tuple[Any, ...], workers: int, folder: Path, environment: dict[str, str]) -> None:
     # Ray's own printing repeats what the workers log.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    if not _cluster():
-        # Despite its name, for every system: Ray's own servers listen on the loopback interface alone. What remains
-        # open while a run lasts is the port where ranks find each other, which torch binds to all interfaces.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    connect(workers, environment)
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    if not ray.is_initialized():
-        _connect(workers, environment)
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if 0 < gpus < workers:
         raise ValueError(f"{workers} workers, but the Ray cluster has {gpus} GPUs: give --workers {gpus}, or add GPUs")
@@ -189,10 +184,19 @@ def _cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
 
 
-def _connect(workers: int, environment: dict[str, str]) -> None:
-    """Join the cluster that there is, or start one on this machine, for this process alone."""
+def connect(workers: int, environment: dict[str, str]) -> None:
+    """Join the Ray that there is, or start one on this machine, for this process alone; `environment` is the workers'.
+
+    Does nothing where this process has joined one already.
+    """
+    if not _cluster():
+        # Despite its name, for every system: Ray's own servers listen on the loopback interface alone. What remains
+        # open while a run lasts is the port where ranks find each other, which torch binds to all interfaces.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
+    if ray.is_initialized():
+        return
     runtime_env = {"env_vars": environment, "worker_process_setup_hook": "msr_dist.launch.silence"}
     if _cluster():
         ray.init(runtime_env=runtime_env, logging_level=logging.ERROR)

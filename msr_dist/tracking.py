@@ -167,6 +167,21 @@ def open_tracker(
     return _LiveTracker(spool, _Store(config, uri, run_dir, flatten(nested), dict(tags or {})))
 
 
+def attach(config: TrackingConfig, run_dir: Path, file: Path) -> bool:
+    """Attach `file` to the run in MLflow that `run_dir` was tracked as, which may be over; never raises.
+
+    Returns whether it is there: not where tracking is off or was, or where MLflow does not take it, which is said.
+    """
+    if not config.enabled:
+        return False
+    store = _Store(config, config.resolved_uri(run_dir.parent), run_dir, {}, {})
+    try:
+        return store.attach(file)
+    except Exception as error:  # noqa: BLE001 - MLflow raises what its servers, drivers and sockets raise
+        _log.warning("MLflow at %s does not take %s: %s", public(store.uri), file, _short(error))
+        return False
+
+
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Leaves by dotted path; lists of tables count their entries, other lists are JSON; credentials are struck out."""
     flat: dict[str, str] = {}
@@ -334,6 +349,18 @@ class _Store:
 
     def send_artifact(self, path: Path) -> None:
         self._client.log_artifact(self.state.record.run_id, str(path))
+
+    def attach(self, path: Path) -> bool:
+        """Add a file to the run as it stands, without opening it again; False where there is no such run."""
+        run_id, database = self.state.record.run_id, _sqlite_path(self.uri)
+        # MLflow would make a database where there is none, and find no run in it.
+        if run_id is None or (database is not None and not database.exists()):
+            return False
+        self._prepare_mlflow()
+        from mlflow import MlflowClient
+
+        MlflowClient(self.uri).log_artifact(run_id, str(path))
+        return True
 
     def finish(self, status: Status) -> None:
         self._client.set_terminated(self.state.record.run_id, status=status)
