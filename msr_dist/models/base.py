@@ -6,7 +6,7 @@ Shapes: `B` rows of a batch, `D` width of a feature group, `S` scenarios, `T` la
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -49,6 +49,11 @@ class Inputs:
     for rows that only fill up the batch: they have no weight, and statistics leave them out."""
     behaviours: Mapping[str, Behaviours] = field(default_factory=dict)
     """Feature name -> its list, for features with pooling "attention"; their pooled vectors are in `groups` as well."""
+    user: Tensor | None = None
+    """`[B]` int64: the row's user; there where the schema has knowledge."""
+    knowledge: Tensor | None = None
+    """`[B, K + 1]`: what a language model says of the user, and 1, or 0 where it was not asked about that user and the
+    vector is the mean; there where the schema has knowledge."""
 
     def take(self, rows: Tensor) -> "Inputs":
         """The rows of those indices."""
@@ -57,7 +62,8 @@ class Inputs:
             for name, lists in self.behaviours.items()
         }
         groups = {name: x[rows] for name, x in self.groups.items()}
-        return Inputs(groups, self.scenario[rows], self.row[rows], behaviours)
+        user, knowledge = (None if x is None else x[rows] for x in (self.user, self.knowledge))
+        return Inputs(groups, self.scenario[rows], self.row[rows], behaviours, user, knowledge)
 
     def split(self, sizes: list[int]) -> "list[Inputs]":
         """Consecutive parts of those sizes."""
@@ -66,15 +72,18 @@ class Inputs:
             name: [x.split_with_sizes(sizes) for x in (each.vectors, each.present, each.target)]
             for name, each in self.behaviours.items()
         }
-        rest = zip(self.scenario.split_with_sizes(sizes), self.row.split_with_sizes(sizes), strict=True)
+        scenario, row = self.scenario.split_with_sizes(sizes), self.row.split_with_sizes(sizes)
+        user, knowledge = (None if x is None else x.split_with_sizes(sizes) for x in (self.user, self.knowledge))
         return [
             Inputs(
                 {name: parts[i] for name, parts in groups.items()},
-                scenario,
-                row,
+                scenario[i],
+                row[i],
                 {name: Behaviours(*(parts[i] for parts in each)) for name, each in lists.items()},
+                None if user is None else user[i],
+                None if knowledge is None else knowledge[i],
             )
-            for i, (scenario, row) in enumerate(rest)
+            for i in range(len(sizes))
         ]
 
     def joined(self) -> Tensor:
@@ -119,6 +128,9 @@ class Backbone(nn.Module, ABC):
 
 class BackboneConfig(Kinded, ABC):
     """Settings of a backbone: each file in `models/` has one final subclass called `Config`."""
+
+    reads_knowledge: ClassVar[bool] = False
+    """Whether it needs what a language model says of users and scenarios: `FeatureSchema.knowledge`."""
 
     def adapt(self, schema: FeatureSchema) -> FeatureSchema:
         """The schema with the tables that this model needs: by default, those that it has."""

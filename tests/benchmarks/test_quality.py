@@ -18,6 +18,7 @@ import tomli_w
 
 import canonical
 import command
+import stores
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 QUALITY = [sys.executable, str(BENCHMARKS / "quality.py")]
@@ -382,3 +383,78 @@ def test_a_line_stands_under_defaults_that_are_new_and_no_others(tmp_path, grid_
     line["settings"]["loader"]["window_rows"] = 77
     file.write_text(json.dumps(line) + "\n")
     assert case.key not in grid.lines("small", "test")
+
+
+KNOWING = {
+    "models": {
+        "mlp": {"widths": [4]},
+        "knowing": {"kind": "llm4msr", "backbone": {"kind": "mlp", "widths": [4]}},
+        "guessing": {"kind": "llm4msr", "backbone": {"kind": "mlp", "widths": [4]}, "vectors": "random"},
+    },
+    "against": {"knowing": ["mlp", "guessing"]},
+}
+
+
+def knowing(folder: Path) -> dict:
+    data = {"name": "small", "folder": str(folder / "data"), "prepare": "msr-dist prepare small"}
+    known = {
+        "knowledge": {"store": str(folder / "store"), "width": stores.TABLE_WIDTH},
+        "extract": "msr-dist extract x",
+    }
+    return KNOWING | {"data": [data | known]}
+
+
+def test_models_that_read_knowledge_are_held_against_their_backbone_and_controls(tmp_path, data, grid_of):
+    stores.write_vocabulary(data)
+    grid = write_grid(tmp_path, **knowing(tmp_path))
+    absent = quality("run", grid, "--results", tmp_path / "results", "--local")
+    assert absent.returncode == 2
+    assert re.fullmatch(r"\S+: data set small: .*store.* the command was: msr-dist extract x\n", absent.stderr)
+    stores.write(tmp_path / "store", data)
+    quality("run", grid, "--results", tmp_path / "results", "--local")
+    written = lines(tmp_path)
+    assert {each["model"] for each in written if "knowledge" in each["settings"]} == {"knowing", "guessing"}
+    quality("report", grid, "--results", tmp_path / "results")
+    report = (tmp_path / "results/grid/README.md").read_text()
+    claims = [line for line in report.splitlines() if line.startswith("| knowing | ")][-2:]
+    assert [line.split("|")[2].strip() for line in claims] == ["mlp", "guessing"]
+    # Lines stand where the vectors are not at hand, and fall when they have been made anew.
+    shutil.move(tmp_path / "store", tmp_path / "elsewhere")
+    assert len(standing(grid_of, tmp_path)) == 6
+    stores.write(tmp_path / "store", data, seed=1)
+    assert {case.model for case in standing(grid_of, tmp_path)} == {"mlp"}
+
+
+def standing(grid_of, folder: Path) -> list:
+    grid = grid_of(folder, **knowing(folder))
+    known = grid.lines("small", "test")
+    return [each for each in grid.finals(grid.config.data[0], list(KNOWING["models"]), [0, 1]) if each.key in known]
+
+
+@pytest.mark.parametrize(
+    ("gains", "counts"),
+    [((0.01, 0.012), "yes"), ((0.01, -0.001), "no"), ((0.01, None), "not all run")],
+)
+def test_a_gain_counts_over_every_one_that_it_is_held_against(tmp_path, grid_of, gains, counts):
+    models = {"mlp": {}, "star": {}, "mmoe": {}}
+    grid = grid_of(tmp_path, models=models, against={"star": ["mlp", "mmoe"]}, seeds=[0, 1, 2])
+    for model, gain in zip(("mlp", "mmoe", "star"), (*gains, 0.0), strict=True):
+        for case in grid.finals(grid.config.data[0], [model], [0, 1, 2]):
+            if gain is not None:
+                jitter = case.run.seed * 1e-4 * (model == "star")
+                grid.record(case, outcome({"a": 0.7 - gain + jitter}))
+    from quality_report import write_report
+
+    text = write_report(grid).read_text()
+    rows = [
+        line.split("|")[1:-1] for line in text.splitlines() if line.startswith(("| star | mlp |", "| star | mmoe |"))
+    ]
+    assert {cells[-1].strip() for cells in rows} == {counts}
+    assert len(rows) == 2 - (None in gains)
+
+
+def test_a_grid_says_what_it_lacks_for_knowledge(tmp_path, grid_of):
+    with pytest.raises(ValueError, match="knowing reads knowledge, and data set small names none"):
+        grid_of(tmp_path, models=KNOWING["models"])
+    with pytest.raises(ValueError, match=r"against\.mlp: the grid has no model 'star'"):
+        grid_of(tmp_path, against={"mlp": ["star"]})

@@ -1,5 +1,6 @@
 """Every model file, small schemas and random inputs for it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,17 @@ import msr_dist.models
 from msr_dist.batch import ScenarioBatch
 from msr_dist.config import kind_config
 from msr_dist.models.base import Backbone, Inputs
-from msr_dist.schema import Feature, FeatureSchema, Label, Numeric, Scenario, Table
+from msr_dist.schema import Feature, FeatureSchema, Knowledge, Label, Numeric, Scenario, Table
 
 FOLDER = Path(msr_dist.models.__file__).parent
 KINDS = sorted({file.stem for file in FOLDER.glob("*.py")} - {"__init__", "base", "layers"})
+AROUND = {"single": "mlp", "llm4msr": "star"}
+"""Models around another one, and which one that is here."""
 SCENARIOS = 13
 """No layer's width or bank is of this size, so a parameter of this length is one line per scenario."""
 ABSENT = 10
+KNOWN = 6
+"""Width of what is known of a user."""
 
 
 def schema(labels: int = 1, scenarios: int = SCENARIOS) -> FeatureSchema:
@@ -28,13 +33,19 @@ def schema(labels: int = 1, scenarios: int = SCENARIOS) -> FeatureSchema:
         tables=(Table(name="user", rows=9, width=8), Table(name="item", rows=9, width=12)),
         features=(Feature(name="user", table="user", group="user"), Feature(name="item", table="item", group="item")),
         numerics=(Numeric(name="age"), Numeric(name="hour")),
+        knowledge=Knowledge(folder=Path("knowledge"), width=KNOWN, scenarios=_vectors(scenarios)),
     )
 
 
+def _vectors(scenarios: int) -> tuple[tuple[float, ...], ...]:
+    drawn = torch.randn(scenarios, 10, generator=torch.Generator().manual_seed(6))
+    return tuple(tuple(vector) for vector in drawn.tolist())
+
+
 def config(kind: str, **settings: Any) -> Any:
-    """The default settings of `kind`, and those of `settings` that it knows; `single` hands them to what it wraps."""
-    if kind == "single" and "backbone" not in settings:
-        settings = {"backbone": config("mlp", **settings)}
+    """The default settings of `kind`, and those of `settings` that it knows; models around others hand them on."""
+    if kind in AROUND and "backbone" not in settings:
+        settings["backbone"] = config(AROUND[kind], **settings)
     cls = kind_config("msr_dist.models", kind)
     return cls(**{"kind": kind} | {name: value for name, value in settings.items() if name in cls.model_fields})
 
@@ -51,7 +62,15 @@ def inputs(scenario: torch.Tensor, seed: int = 1) -> Inputs:
         name: torch.randn(len(scenario), width, generator=generator).requires_grad_()
         for name, width in schema().group_widths().items()
     }
-    return Inputs(groups, scenario, torch.arange(len(scenario)) + 1000)
+    user = torch.randint(max(1, len(scenario) // 3), (len(scenario),), generator=generator)
+    return Inputs(groups, scenario, torch.arange(len(scenario)) + 1000, user=user, knowledge=said(user))
+
+
+def said(user: torch.Tensor) -> torch.Tensor:
+    """What is known of some users; of every fourth one, nothing."""
+    table = torch.randn(100, KNOWN, generator=torch.Generator().manual_seed(7))
+    known = (user % 4 != 0)[:, None].float()
+    return torch.cat([table[user % 100] * known, known], dim=1)
 
 
 def mixed(rows: int, seed: int = 1) -> Inputs:
@@ -64,7 +83,7 @@ def mixed(rows: int, seed: int = 1) -> Inputs:
 def take(batch: Inputs, index: Any) -> Inputs:
     """Some rows of `batch`, as leaves of their own."""
     groups = {name: x.detach()[index].requires_grad_() for name, x in batch.groups.items()}
-    return Inputs(groups, batch.scenario[index], batch.row[index])
+    return replace(batch.take(torch.arange(len(batch.row))[index]), groups=groups)
 
 
 def listed_schema() -> FeatureSchema:
@@ -88,7 +107,7 @@ def looked_up(scenario: torch.Tensor) -> tuple[ScenarioBatch, KeyedTensor]:
     rows = len(scenario)
     generator = torch.Generator().manual_seed(4)
     batch = ScenarioBatch(
-        ids=KeyedJaggedTensor(["user", "item"], torch.ones(2 * rows, dtype=torch.int64), torch.ones(2 * rows).long()),
+        ids=KeyedJaggedTensor(["user", "item"], torch.arange(2 * rows), lengths=torch.ones(2 * rows).long()),
         numeric=torch.randn(rows, 2, generator=generator),
         scenario=scenario,
         labels=torch.zeros(rows, 1),
@@ -97,6 +116,18 @@ def looked_up(scenario: torch.Tensor) -> tuple[ScenarioBatch, KeyedTensor]:
         rows_per_rank=float(rows),
     )
     return batch, KeyedTensor(["user", "item"], [8, 12], torch.randn(rows, 20, generator=generator))
+
+
+def known(batch: ScenarioBatch) -> KeyedTensor:
+    """What the table of knowledge said about the users of a batch: with columns that only fill up."""
+    table = torch.cat([said(batch.ids["user"].values()), torch.full((len(batch.row), 3), 9.0)], dim=1)
+    return KeyedTensor(["user"], [KNOWN + 4], table)
+
+
+def given(batch: ScenarioBatch, pooled: KeyedTensor, scenario: torch.Tensor) -> Inputs:
+    """What the head makes of them for the backbone, under any scenarios."""
+    user = batch.ids["user"].values()
+    return Inputs(pooled_groups(batch, pooled), scenario, batch.row, user=user, knowledge=said(user))
 
 
 def pooled_groups(batch: ScenarioBatch, pooled: KeyedTensor) -> dict[str, torch.Tensor]:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,11 +9,12 @@ from msr_dist.models.base import Behaviours, Inputs, Objective
 def inputs() -> Inputs:
     lists = Behaviours(torch.randn(5, 2, 3), torch.rand(5, 2) < 0.5, torch.randn(5, 3))
     groups = {"user": torch.randn(5, 4), "item": torch.randn(5, 2)}
-    return Inputs(groups, torch.tensor([2, 0, 1, 0, 2]), torch.arange(5) + 10, {"clicks": lists})
+    user, knowledge = torch.tensor([7, 7, 3, 9, 3]), torch.randn(5, 4)
+    return Inputs(groups, torch.tensor([2, 0, 1, 0, 2]), torch.arange(5) + 10, {"clicks": lists}, user, knowledge)
 
 
 def assert_rows(part: Inputs, whole: Inputs, rows: list[int]) -> None:
-    for name in ("scenario", "row"):
+    for name in ("scenario", "row", "user", "knowledge"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
     assert torch.equal(part.joined(), whole.joined()[rows])
     for name in ("vectors", "present", "target"):
@@ -24,6 +27,13 @@ def test_parts_of_inputs_are_their_rows():
     assert_rows(some, whole, [4, 0, 3, 1])
     for part, rows in zip(some.split([1, 0, 3]), ([4], [], [0, 3, 1]), strict=True):
         assert_rows(part, whole, rows)
+
+
+def test_what_is_not_known_stays_unknown_in_parts():
+    whole = replace(inputs(), user=None, knowledge=None)
+    for part in (whole.take(torch.tensor([4, 0])), *whole.split([2, 3])):
+        assert part.user is None
+        assert part.knowledge is None
 
 
 def test_an_objective_weighs_rows_and_adds_penalties_where_a_row_counts():

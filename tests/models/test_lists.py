@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from backbones import KINDS, config, listed_schema
+from backbones import KINDS, config, known, listed_schema
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from msr_dist.batch import ScenarioBatch
@@ -35,7 +35,7 @@ def predict(head: Head, vectors: dict[str, torch.Tensor], rows: list[int]) -> tu
     clicks = torch.cat([vectors["clicks"].split(LENGTHS.tolist())[row] for row in rows])
     ones = torch.ones(len(rows), dtype=torch.int64)
     batch = ScenarioBatch(
-        ids=KeyedJaggedTensor(["user"], ones, lengths=ones),
+        ids=KeyedJaggedTensor(["user"], torch.arange(ROWS)[rows] // 2, lengths=ones),
         numeric=vectors["numeric"][rows],
         scenario=torch.arange(ROWS)[rows] % 7,
         labels=(torch.arange(ROWS)[rows, None] % 3 == 0).float(),
@@ -44,7 +44,7 @@ def predict(head: Head, vectors: dict[str, torch.Tensor], rows: list[int]) -> tu
         rows_per_rank=float(len(rows)),
     )
     lists = {"item": JaggedTensor(vectors["item"][rows], lengths=ones), "clicks": JaggedTensor(clicks, lengths=lengths)}
-    loss, predictions = head(KeyedTensor(["user"], [8], vectors["user"][rows]), lists, batch)
+    loss, predictions = head(KeyedTensor(["user"], [8], vectors["user"][rows]), lists, batch, known(batch))
     return loss, predictions.logits
 
 

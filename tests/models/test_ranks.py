@@ -17,6 +17,8 @@ def test_two_ranks_train_every_model_as_one_does(tmp_path):
     """Batches of 30 rows over 5 scenarios: many a rank has no row of some scenario."""
     data = canonical.write(tmp_path / "data", rows=1000, scenarios=5)
     configs = {kind: config(kind, dropout=0.2) for kind in KINDS}
+    trained = {"vectors": "trained", "fusion": "weighted", "rank": "full"}
+    configs |= {"llm4msr sarnet": config("llm4msr", backbone=config("sarnet", dropout=0.2), **trained)}
     configs |= {f"single {kind}": config("single", backbone=config(kind, dropout=0.2)) for kind in INNER}
     for workers in (1, 2):
         job = launched.EveryModel(data, tmp_path, tuple(configs.values()))
