@@ -3,10 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 QUICKSTART := data/quickstart
+NOW := $(shell date +%m%d-%H%M%S)
 
 .PHONY: help install quickstart test lint format clean
 help:
-	@echo "make quickstart   train on planted data with two Ray workers, see the quality per scenario"
+	@echo "make quickstart   planted data, a small language model, two trainings with two Ray workers, and a report"
 	@echo "make test         run the tests"
 	@echo "make lint         ruff, mypy and the import contracts"
 	@echo "make install      only make .venv and install what requirements-*.txt pin"
@@ -25,7 +26,11 @@ install: $(INSTALLED)
 
 quickstart: $(INSTALLED)
 	@test -f $(QUICKSTART)/schema.toml || $(BIN)/msr-dist prepare synthetic $(QUICKSTART)
-	@$(BIN)/msr-dist train jobs/configs/quickstart.toml name=quickstart-$$(date +%m%d-%H%M%S) --launcher ray --workers 2
+	@$(BIN)/msr-dist extract jobs/configs/extract-quickstart.toml --launcher ray --workers 2
+	@$(BIN)/msr-dist train jobs/configs/quickstart.toml name=quickstart-$(NOW) --launcher ray --workers 2
+	@$(BIN)/msr-dist train jobs/configs/quickstart.toml name=quickstart-$(NOW)-llm4msr --launcher ray --workers 2 \
+		model.kind=llm4msr model.backbone.kind=star knowledge.store=knowledge/quickstart knowledge.width=32
+	@$(BIN)/msr-dist report runs/quickstart-$(NOW)-llm4msr
 
 test: $(INSTALLED)
 	@$(BIN)/pytest

@@ -29,9 +29,11 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from msr_dist.config import Config, dump, load, merge, parse
+from msr_dist.config import Config, dump, kind_config, load, merge, parse
 from msr_dist.data.parquet import ParquetSource
 from msr_dist.evaluate import metrics_file
+from msr_dist.knowledge import KnowledgeConfig
+from msr_dist.llm.parquet import MANIFEST_FILE
 from msr_dist.models.base import BackboneConfig
 from msr_dist.recommender import Recommender
 from msr_dist.run import RunConfig
@@ -106,16 +108,26 @@ class DataConfig(Config):
     """Instead of the search's number of trials."""
     space: dict[str, tuple[Value, ...]] = {}
     """What the search tries on these data besides."""
+    knowledge: KnowledgeConfig | None = None
+    """What models read that read a language model's vectors."""
+    extract: str = ""
+    """The command that makes these vectors, shown where they are missing."""
 
     @property
     def here(self) -> bool:
-        """Whether the data are on this machine."""
-        return (self.folder / SCHEMA_FILE).is_file()
+        """Whether the data, and the vectors if there are any, are on this machine."""
+        known = self.knowledge is None or (self.knowledge.store / MANIFEST_FILE).is_file()
+        return known and (self.folder / SCHEMA_FILE).is_file()
 
     def require(self, splits: Sequence[str]) -> None:
         """ValueError where the data are not there, or one of `splits` is absent or has a damaged file."""
-        if not self.here:
+        if not (self.folder / SCHEMA_FILE).is_file():
             raise ValueError(f"data set {self.name}: no data in {self.folder}; make them: {self.prepare}")
+        try:
+            if self.knowledge is not None:
+                self.knowledge.apply(FeatureSchema.read(self.folder), self.folder)
+        except ValueError as error:
+            raise ValueError(f"data set {self.name}: {error}; the command was: {self.extract}") from None
         try:
             schema = FeatureSchema.read(self.folder)
             for split in splits:
@@ -181,9 +193,15 @@ class GridConfig(Config):
     data: tuple[DataConfig, ...] = Field(min_length=1)
     models: dict[str, dict[str, Any]] = Field(min_length=1)
     """Name and settings of each model; the name is its kind unless the settings say another."""
+    against: dict[str, tuple[str, ...]] = {}
+    """By model, the others that it is held against: its backbone, its controls. A gain counts that holds over all."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
+        for model, others in self.against.items():
+            for name in (model, *others):
+                if name not in self.models:
+                    raise ValueError(f"against.{model}: the grid has no model {name!r}")
         for space in (self.search.space, *(data.space for data in self.data)):
             if empty := [key for key, values in space.items() if not values]:
                 raise ValueError(f"space.{empty[0]} has no values to choose from")
@@ -263,6 +281,9 @@ class Grid:
         self.file, self.config = file, load(GridConfig, file)
         self.results = results / file.stem
         for data in self.config.data:
+            readers = [model for model in self.config.models if self._reads_knowledge(model)]
+            if readers and data.knowledge is None:
+                raise ValueError(f"{file}: {readers[0]} reads knowledge, and data set {data.name} names none")
             plain = {model: self._run(data, model, 0, "test", {}) for model in self.config.models}
             for key, values in (self.config.search.space | data.space).items():
                 if not any(_place(run, key) for run in plain.values()):
@@ -363,9 +384,14 @@ class Grid:
         return _line(line)
 
     def _run(self, data: DataConfig, model: str, seed: int, final: Split, chosen: Mapping[str, Value]) -> RunConfig:
-        own = {"kind": model} | self.config.models[model]
-        shared = {"stages": [{}]} | self.config.run
-        raw = merge(shared | {"data": str(data.folder.absolute()), "model": own}, data.set)
+        raw = (
+            {"stages": [{}]}
+            | self.config.run
+            | {"data": str(data.folder.absolute()), "model": self._settings_of(model)}
+        )
+        if data.knowledge is not None and self._reads_knowledge(model):
+            raw["knowledge"] = self._knowledge(data).model_dump(mode="json", exclude_none=True)
+        raw = merge(raw, data.set)
         name = f"{data.name}-{model}-{'seed' if final == 'test' else 'trial'}-"
         name += str(seed) if final == "test" else _digest(dict(chosen))
         given = {"name": name, "seed": seed, "evaluation.final": final, "evaluation.validate_epochs": 0}
@@ -375,6 +401,23 @@ class Grid:
             given["tracking.enabled"] = False
         raw = merge(raw, [f"{key}={json.dumps(value)}" for key, value in given.items()])
         return parse(RunConfig, raw, where=f"{self.file}: {model} on {data.name}")
+
+    def _settings_of(self, model: str) -> dict[str, Any]:
+        return {"kind": model} | self.config.models[model]
+
+    def _reads_knowledge(self, model: str) -> bool:
+        config = kind_config("msr_dist.models", self._settings_of(model)["kind"])
+        return issubclass(config, BackboneConfig) and config.reads_knowledge
+
+    def _knowledge(self, data: DataConfig) -> KnowledgeConfig:
+        """What models read, with its digest: where it is not on this machine, that of the newest line."""
+        assert data.knowledge is not None
+        if data.here:
+            here = data.knowledge.model_copy(update={"store": data.knowledge.store.absolute()})
+            return here.pinned()
+        lines = [line for split in SPLITS for line in read_lines(self.file_of(data.name, split))[0]]
+        digests = [known["digest"] for line in lines if (known := line.settings.get("knowledge"))]
+        return data.knowledge.model_copy(update={"digest": digests[-1] if digests else None})
 
 
 def execute(text: str) -> Outcome:
@@ -456,6 +499,8 @@ def _place(run: RunConfig, key: str) -> str | None:
 def _settings(run: RunConfig) -> dict[str, Any]:
     """What decides a run's losses; the data are told by their digest."""
     settings = run.model_dump(mode="json", include={"seed", *SEARCHABLE})
+    if run.knowledge is not None:
+        settings["knowledge"] = run.knowledge.model_dump(mode="json", include={"width", "digest"})
     for unimportant in ("threads", "prefetch"):
         settings["loader"].pop(unimportant, None)
     return settings
@@ -464,7 +509,10 @@ def _settings(run: RunConfig) -> dict[str, Any]:
 def key_of(line: Line) -> str | None:
     """The key that a line has under today's code; None where its settings are no longer known."""
     try:
-        run = parse(RunConfig, {"name": "stored", "data": "."} | line.settings, where="stored")
+        raw = {"name": "stored", "data": "."} | line.settings
+        if "knowledge" in raw:
+            raw["knowledge"] = {"store": "."} | raw["knowledge"]
+        run = parse(RunConfig, raw, where="stored")
     except ValueError:
         return None
     return _key(line.model, line.data_digest, _settings(run))

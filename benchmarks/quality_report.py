@@ -117,6 +117,8 @@ def write_report(grid: Grid) -> Path:
         if not standing.models:
             continue
         parts += [_quality(grid, standing), _comparison(grid, standing.models)]
+        if grid.config.against:
+            parts.append(_claims(grid, standing.models))
         for name, draw in (("gain", _gain_plot), ("seesaw", _seesaw_plot), ("speed", _speed_plot)):
             if figure := draw(grid, standing.models):
                 file = grid.results / f"{standing.data.name}-{name}.svg"
@@ -277,6 +279,27 @@ def _comparison(grid: Grid, models: Mapping[str, Runs]) -> str:
         chosen = ", ".join(f"{key.removeprefix('stages.0.')} {value}" for key, value in runs.lines[-1].chosen.items())
         rows.append([model, *cells, chosen or "-"])
     return _markdown(rows)
+
+
+def _claims(grid: Grid, models: Mapping[str, Runs]) -> str:
+    """Each model against those that it has to beat, one by one, and whether it beats every one of them."""
+    rows = [["model", "against", "gain", "p", "worst scenario", "worse", "counts"]]
+    for model, others in grid.config.against.items():
+        run = [name for name in others if {model, name} <= models.keys()]
+        gains = {name: each for name in run if (each := models[model].gains(models[name], grid.judged))}
+        tested = [(mean(each), _p(each)) for each in gains.values()]
+        if len(gains) < len(others) or any(p is None for _, p in tested):
+            verdict = "not all run"
+        else:
+            # Each of them has to hold, so the weakest is the test of all, and needs no correction for their number.
+            verdict = "yes" if all(gain > 0 and p is not None and p < 0.05 for gain, p in tested) else "no"
+        for name, each in gains.items():
+            seesaw = _seesaw(models[model], models[name], _large_scenarios(models))
+            rows.append([model, name, _spread(each, ".4f", "+"), _p_value(each), *seesaw, verdict])
+    return (
+        "A model's gain counts where it is positive with p < .05 over every one of those that it is held against.\n\n"
+        + _markdown(rows)
+    )
 
 
 def _seesaw(runs: Runs, baseline: Runs, scenarios: Sequence[str]) -> list[str]:

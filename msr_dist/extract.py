@@ -48,7 +48,6 @@ from msr_dist.llm.history import (
 from msr_dist.llm.parquet import MANIFEST_FILE
 from msr_dist.llm.prompts import Prompt, PromptConfig, PromptError, Templates, scenario_prompts, user_prompt
 from msr_dist.llm.vectors import (
-    PROMPT_BYTES,
     USERS,
     Manifest,
     PreviousVectors,
@@ -56,6 +55,7 @@ from msr_dist.llm.vectors import (
     StoreWriter,
     VectorStore,
     open_store,
+    prompt_digest,
     vocabulary_digest,
 )
 from msr_dist.progress import Progress
@@ -329,11 +329,10 @@ class _Worker:
             except PromptError as error:
                 prompts.append(None)
                 reasons.append(str(error))
-        return reasons, prompts, [self._digest(prompt) for prompt in prompts]
-
-    def _digest(self, prompt: Prompt | None) -> bytes:
-        shaping = f"{self._encoder.fingerprint}\n{prompt.own_start}\n{prompt.text}" if prompt else ""
-        return hashlib.blake2b(shaping.encode(), digest_size=PROMPT_BYTES).digest()
+        nothing = Prompt("", 0)
+        shown = [nothing if prompt is None else prompt for prompt in prompts]
+        digests = [prompt_digest(self._encoder.fingerprint, prompt.text, prompt.own_start) for prompt in shown]
+        return reasons, prompts, digests
 
 
 @dataclass(frozen=True)
@@ -388,13 +387,8 @@ def check(config: ExtractConfig) -> FeatureSchema:
     """The data's schema; raises what `extract` would raise about the configuration before any model is loaded."""
     schema = FeatureSchema.read(config.data)
     Templates.load(config.prompts)
-    vocabulary_digest(config.data, user_table(schema))
+    vocabulary_digest(config.data, schema.user_table.name)
     return schema
-
-
-def user_table(schema: FeatureSchema) -> str:
-    """The name of the table that holds the users."""
-    return next(feature.table for feature in schema.features if feature.name == schema.user)
 
 
 def extract(
@@ -514,7 +508,7 @@ def _somebody(config: ExtractConfig, schema: FeatureSchema) -> int | str:
     found = dataset(config.data / "train", format="parquet").head(1, columns=[schema.user], filter=chosen)
     if not found.num_rows:
         raise ValueError(f"{config.data}/train: no row has {label} = 1 before the cut-off, so nobody has a prompt")
-    vocabulary = config.data / "vocabulary" / f"{user_table(schema)}.parquet"
+    vocabulary = config.data / "vocabulary" / f"{schema.user_table.name}.parquet"
     known = pq.read_table(vocabulary, columns=["id"], filters=[("row", "==", found[schema.user][0].as_py())])
     user: int | str = known["id"][0].as_py()
     return user
@@ -663,7 +657,7 @@ def speeds(done: Counts, seconds: float, peak: float) -> dict[str, str]:
 def _provenance(
     config: ExtractConfig, described: Described, schema: FeatureSchema, templates: Templates, histories: Histories
 ) -> Provenance:
-    table = user_table(schema)
+    table = schema.user_table.name
     return Provenance(
         # The name that was asked for: where it was found differs from one machine, and one store, to another.
         model=described.model | {"name": config.model.name, "revision": config.model.revision},

@@ -382,7 +382,8 @@ class Encoder:
 
     def _pack(self) -> None:
         """On a CPU, put packed layers where models call their linear layers and do nothing else with them."""
-        packs = self.device.type == "cpu" and self.dtype != torch.float16 and torch.backends.mkldnn.is_available()
+        there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        packs = there and self.device.type == "cpu" and self.dtype != torch.float16
         if not (packs and self._model._supports_attention_backend):
             return
         for part in list(self._model.modules()):

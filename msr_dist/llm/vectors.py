@@ -560,6 +560,12 @@ def open_table(store: VectorStore, width: int) -> RowVectors:
     return table
 
 
+def prompt_digest(fingerprint: str, text: str, own_start: int) -> bytes:
+    """What tells whether a vector still holds: digest of the model and of the prompt that it read."""
+    shaping = f"{fingerprint}\n{own_start}\n{text}"
+    return hashlib.blake2b(shaping.encode(), digest_size=PROMPT_BYTES).digest()
+
+
 def vocabulary_digest(data: Path, table: str) -> str:
     """Digest of which id has which row in DATA/vocabulary/TABLE.parquet: of the content, however it is laid out."""
     file = data / "vocabulary" / f"{table}.parquet"

@@ -1,6 +1,5 @@
 """Users whom the language model finds alike, with what they chose and what the model read about them."""
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +12,8 @@ import pyarrow.parquet as pq
 from msr_dist.config import load
 from msr_dist.extract import CONFIG_FILE, HISTORIES, ExtractConfig
 from msr_dist.llm.history import History, read_histories
-from msr_dist.llm.prompts import Prompt, Templates, user_prompt
-from msr_dist.llm.vectors import PROMPT_BYTES, RowVectors, VectorStore
+from msr_dist.llm.prompts import Templates, user_prompt
+from msr_dist.llm.vectors import RowVectors, VectorStore, prompt_digest
 from msr_dist.schema import FeatureSchema
 
 EXAMPLES = 3
@@ -151,7 +150,7 @@ def _prompt(store: VectorStore, history: History, schema: FeatureSchema) -> str:
     digest = _stored_digest(store, history.row)
     for most in range(len(history.texts), 0, -1):
         prompt = user_prompt(_newest(history, most), schema.scenarios, templates, config.prompts, lambda _text: 0)
-        if _digest(store.manifest.fingerprint, prompt) == digest:
+        if prompt_digest(store.manifest.fingerprint, prompt.text, prompt.own_start) == digest:
             return prompt.text
     raise ValueError(
         f"{store.folder}: the prompt of user {history.id} is not the one that its vector was made from: scenarios or "
@@ -178,11 +177,6 @@ def _stored_digest(store: VectorStore, row: int) -> bytes:
     files = [store.folder / stored.file for stored in store.manifest.shards]
     digest: bytes = pq.read_table(files, columns=["prompt"], filters=[("row", "=", row)])["prompt"][0].as_py()
     return digest
-
-
-def _digest(fingerprint: str, prompt: Prompt) -> bytes:
-    shaping = f"{fingerprint}\n{prompt.own_start}\n{prompt.text}"
-    return hashlib.blake2b(shaping.encode(), digest_size=PROMPT_BYTES).digest()
 
 
 def _in_common(histories: Sequence[History], vectors: npt.NDArray[np.float32]) -> InCommon | None:
