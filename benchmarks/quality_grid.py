@@ -406,7 +406,11 @@ class Grid:
         return {"kind": model} | self.config.models[model]
 
     def _reads_knowledge(self, model: str) -> bool:
-        config = kind_config("msr_dist.models", self._settings_of(model)["kind"])
+        try:
+            config = kind_config("msr_dist.models", self._settings_of(model)["kind"])
+        except ValueError:
+            # The model's run is refused with more words.
+            return False
         return issubclass(config, BackboneConfig) and config.reads_knowledge
 
     def _knowledge(self, data: DataConfig) -> KnowledgeConfig:

@@ -107,7 +107,7 @@ def test_a_value_error_comes_back_at_once(tmp_path, place):
         pytest.raises(ValueError, match=r"^part 1: column 'id' is absent; prepare the data again$"),
     ):
         list(workers.spread(range(3)))
-    assert 1 not in calls(tmp_path)
+    assert calls(tmp_path).count(1) == 1
 
 
 def test_a_worker_that_cannot_be_made_is_not_a_piece_s_fault(tmp_path, elsewhere):

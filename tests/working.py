@@ -64,9 +64,10 @@ class RefusesAt(Squares):
     wrong: int
 
     def answer(self, piece: int) -> int:
+        result = super().answer(piece)
         if piece == self.wrong:
             raise ValueError(f"part {piece}: column 'id' is absent; prepare the data again")
-        return super().answer(piece)
+        return result
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,12 @@ CODE_VERSION = 1
 
 PACKAGE = "package:"
 SOURCE_FILE = "source.json"
+"""Beside an imported model: the name it was configured by, and the digest of the file it was made from."""
 
+_MOST_SCORES = 2**26
+"""Scores of one attention that are held as a whole."""
+_LEAST_FILL = 0.85
+"""Share of the longest prompt that all others of a batch have: more padding would cost more than another batch."""
 _TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -61,7 +67,7 @@ class EncoderConfig(Config):
     new_tokens: int = 16
     """Tokens that `last_generated_token` generates, greedily, whatever they are."""
     batch_tokens: int | None = None
-    """Tokens of one forward pass, padding included; None: 1,024 on a CPU, 16,384 on a GPU, halved when memory runs
+    """Tokens of one forward pass, padding included; None: 768 on a CPU, 16,384 on a GPU, halved when memory runs
     out."""
     share_prefix: bool = True
     """Compute what all prompts begin with once; causal models with a key/value cache, not `last_generated_token`."""
@@ -107,6 +113,9 @@ def import_model(config: EncoderConfig, folder: Path) -> EncoderConfig:
     partial.mkdir(parents=True)
     _convert_gguf(source, partial)
     write_whole(partial / SOURCE_FILE, json.dumps(provenance))
+    for each in partial.iterdir():
+        with open(each, "rb") as written:
+            os.fsync(written.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return config.model_copy(update={"name": str(folder.resolve())})
@@ -242,14 +251,16 @@ def _grouped_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as two batched products, the query heads of one key head as rows of the same: [B, T, heads, d].
 
-    Without AMX, torch's fused kernel for bf16 takes three times as long.
+    Without AMX, torch's fused kernel for bf16 takes two to three times as long. It serves where the scores would fill
+    much memory, and what models have beside a mask.
     """
-    if attention_mask is None or any(others.get(name) is not None for name in ("softcap", "position_bias", "s_aux")):
+    batch, heads, length, width = query.shape
+    special = any(others.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
+    if attention_mask is None or special or batch * heads * length * key.shape[2] > _MOST_SCORES:
         fused: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **others
         )
         return fused
-    batch, heads, length, width = query.shape
     groups, rows = key.shape[1], heads // key.shape[1] * length
     # Rows of scores that do not fill vector registers take softmax twice as long.
     missing = -key.shape[2] % 32
@@ -293,13 +304,15 @@ class Encoder:
         self._drop_layers_above()
         self._weights = self._multiplied()
         self._model.to(self.device)
-        self._pack()
-        self._budget = config.batch_tokens or (1_024 if self.device.type == "cpu" else 16_384)
+        self._packs = self._pack()
+        self._budget = config.batch_tokens or (768 if self.device.type == "cpu" else 16_384)
         self._longest = self._limit()
         self._pad = 0 if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
         self._causal = self._is_causal()
         if self._generates and not self._causal:
             raise ValueError(f"pooling 'last_generated_token': {config.name!r} does not generate; choose mean_own")
+        if config.attention == "auto":
+            self._choose_attention()
         self._caches = config.share_prefix and not self._generates and self._keeps_all_keys()
         self._prefixes: dict[str, _Prefix | None] = {}
 
@@ -320,14 +333,14 @@ class Encoder:
             )
         except (OSError, ValueError) as error:
             raise ValueError(f"model {chosen.name!r} cannot be used: {str(error).strip()}") from None
-        if attention is None and model.config._attn_implementation == "sdpa" and self._groups(model):
-            model.set_attn_implementation("grouped")
         return model.eval().requires_grad_(False)
 
-    def _groups(self, model: Any) -> bool:
-        """Whether our own attention is the faster: measured in bf16 on a CPU with AVX512-BF16 and without AMX."""
-        rounds = self.dtype == torch.bfloat16 and self.device.type == "cpu" and model._supports_attention_backend
-        return rounds and not torch.cpu.get_capabilities().get("amx_bf16", False)
+    def _choose_attention(self) -> None:
+        """Take ours where it was measured to be the faster: causal, bf16, on a CPU with AVX512-BF16 and without AMX."""
+        allowed = self._model.config._attn_implementation == "sdpa" and self._model._supports_attention_backend
+        amx = torch.cpu.get_capabilities().get("amx_bf16", False)
+        if allowed and self._causal and self.dtype == torch.bfloat16 and self.device.type == "cpu" and not amx:
+            self._model.set_attn_implementation("grouped")
 
     def _place(self, layer: int) -> int:
         """`layer` counted from 0 on."""
@@ -364,7 +377,7 @@ class Encoder:
         digest.update(self._tokenizer.backend_tokenizer.to_str().encode())
         for name, tensor in sorted(self._model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def _multiplied(self) -> int:
@@ -380,16 +393,18 @@ class Encoder:
         if not self._generates and len(stacks) == 1:
             del stacks[0][self._layer + 1 :]
 
-    def _pack(self) -> None:
+    def _pack(self) -> bool:
         """On a CPU, put packed layers where models call their linear layers and do nothing else with them."""
-        there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        packs = there and self.device.type == "cpu" and self.dtype != torch.float16
-        if not (packs and self._model._supports_attention_backend):
-            return
+        onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        fits = onednn and self.device.type == "cpu" and self.dtype != torch.float16
+        if not (fits and self._model._supports_attention_backend):
+            return False
+        head = self._model.get_output_embeddings()
         for part in list(self._model.modules()):
             for name, layer in part.named_children():
-                if type(layer) is nn.Linear and layer is not self._model.get_output_embeddings():
+                if type(layer) is nn.Linear and layer is not head:
                     setattr(part, name, _PackedLinear(layer))
+        return True
 
     def _is_causal(self) -> bool:
         """Whether a token's state is the same whatever follows: tried out, for configurations have no word for it."""
@@ -492,15 +507,17 @@ class Encoder:
                 if len(batch) == 1:
                     reasons[batch[0].row] = f"{batch[0].length} tokens are more than memory holds"
                     place += 1
-                self._budget = max(1, len(batch) * batch[0].length // 2)
+                else:
+                    self._budget = len(batch) * batch[0].length // 2
                 torch.cuda.empty_cache()
             else:
                 place += len(batch)
 
     def _next_batch(self, ordered: Sequence[_Tokens]) -> list[_Tokens]:
         """The first prompts of one prefix that fit into the budget, padded to the longest, which is the first."""
-        size = max(1, self._budget // ordered[0].length)
-        return [tokens for tokens in ordered[:size] if tokens.prefix is ordered[0].prefix]
+        longest = ordered[0].length
+        batch = ordered[: max(1, self._budget // longest)]
+        return [each for each in batch if each.prefix is ordered[0].prefix and each.length >= _LEAST_FILL * longest]
 
     def _bisected(self, batch: list[_Tokens], reasons: list[str | None]) -> Iterator[tuple[list[_Tokens], Tensor]]:
         """The batch with its vectors; where it fails, in halves, down to the prompts that are to blame."""
@@ -594,15 +611,18 @@ class Encoder:
 
     def peak(self) -> float:
         """Floating-point operations a second of a large matrix product in this type, on this device and its threads."""
-        size, rounds = (2048, 5) if self.device.type == "cpu" else (8192, 20)
-        matrix = torch.randn(size, size, device=self.device).to(self.dtype)
+        size, rounds = (1024, 20) if self.device.type == "cpu" else (8192, 20)
+        plain = nn.Linear(size, size, bias=False, device=self.device, dtype=self.dtype)
+        layer = _PackedLinear(plain) if self._packs else plain
+        rows = torch.randn(size, size, device=self.device).to(self.dtype)
         seconds = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            matrix @ matrix
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+        with torch.inference_mode():
+            for _ in range(rounds):
+                start = time.perf_counter()
+                layer(rows)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
         return 2.0 * size**3 / min(seconds)
 
 

@@ -12,7 +12,8 @@ import tiny
 import torch
 import transformers
 
-from msr_dist.llm.encode import Encoder, EncoderConfig, import_model
+from msr_dist.llm import encode
+from msr_dist.llm.encode import Encoder, EncoderConfig, import_model, token_counter
 from msr_dist.llm.prompts import Prompt
 
 SHARED = "one user engaged with these items in each scenario, the newest first:\n"
@@ -103,8 +104,16 @@ def test_every_attention_gives_the_same(folder, kind, attention):
         np.testing.assert_allclose(encoded.vectors, expected, rtol=1e-4, atol=2e-5)
 
 
-def test_half_precision_is_near(folder):
-    exact, rounded = (encoder(folder("llama"), dtype=dtype).encode(draw()).vectors for dtype in ("fp32", "bf16"))
+def test_scores_that_would_fill_memory_go_to_the_fused_kernel(folder, monkeypatch):
+    monkeypatch.setattr(encode, "_MOST_SCORES", 4_000)
+    made, prompts = encoder(folder("llama"), attention="grouped"), draw()
+    expected = one_by_one(folder("llama"), prompts, "mean_own")
+    np.testing.assert_allclose(made.encode(prompts).vectors, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_half_precision_is_near(folder, kind):
+    exact, rounded = (encoder(folder(kind), dtype=dtype).encode(draw()).vectors for dtype in ("fp32", "bf16"))
     cosine = (exact * rounded).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rounded, axis=1)
     assert cosine.min() > 0.999
     assert not np.array_equal(exact, rounded)
@@ -263,5 +272,6 @@ def test_gguf_is_imported_once(tmp_path):
     assert made.describe()["name"] == config.name
     assert (made.width, made.encode([prompt("Paris")]).reasons) == (576, [None])
     (tmp_path / "taken").mkdir()
+    assert token_counter(config)("Paris, of course") == made.count("Paris, of course")
     with pytest.raises(ValueError, match="in the way"):
         import_model(config, tmp_path / "taken")
