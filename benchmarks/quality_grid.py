@@ -34,6 +34,7 @@ from msr_dist.data.parquet import ParquetSource
 from msr_dist.evaluate import metrics_file
 from msr_dist.knowledge import KnowledgeConfig
 from msr_dist.llm.parquet import MANIFEST_FILE
+from msr_dist.llm.vectors import table_folder
 from msr_dist.models.base import BackboneConfig
 from msr_dist.recommender import Recommender
 from msr_dist.run import RunConfig
@@ -115,13 +116,20 @@ class DataConfig(Config):
 
     @property
     def here(self) -> bool:
-        """Whether the data, and the vectors if there are any, are on this machine."""
-        known = self.knowledge is None or (self.knowledge.store / MANIFEST_FILE).is_file()
-        return known and (self.folder / SCHEMA_FILE).is_file()
+        """Whether the data are on this machine."""
+        return (self.folder / SCHEMA_FILE).is_file()
+
+    @property
+    def vectors_here(self) -> bool:
+        """Whether the vectors, if there are any to read, are on this machine in the width that models read."""
+        if self.knowledge is None:
+            return True
+        store = self.knowledge.store
+        return all((each / MANIFEST_FILE).is_file() for each in (store, table_folder(store, self.knowledge.width)))
 
     def require(self, splits: Sequence[str]) -> None:
         """ValueError where the data are not there, or one of `splits` is absent or has a damaged file."""
-        if not (self.folder / SCHEMA_FILE).is_file():
+        if not self.here:
             raise ValueError(f"data set {self.name}: no data in {self.folder}; make them: {self.prepare}")
         try:
             if self.knowledge is not None:
@@ -414,9 +422,9 @@ class Grid:
         return issubclass(config, BackboneConfig) and config.reads_knowledge
 
     def _knowledge(self, data: DataConfig) -> KnowledgeConfig:
-        """What models read, with its digest: where it is not on this machine, that of the newest line."""
+        """What models read, with its digest: where the vectors are not on this machine, that of the newest line."""
         assert data.knowledge is not None
-        if data.here:
+        if data.vectors_here:
             here = data.knowledge.model_copy(update={"store": data.knowledge.store.absolute()})
             return here.pinned()
         lines = [line for split in SPLITS for line in read_lines(self.file_of(data.name, split))[0]]
@@ -438,12 +446,15 @@ def execute(text: str) -> Outcome:
         shutil.rmtree(run.folder, ignore_errors=True)
     schema = run.read_schema()
     assert isinstance(run.model, BackboneConfig)
+    tables = list(schema.tables)
+    if schema.knowledge is not None:
+        tables.append(schema.user_table.model_copy(update={"width": schema.knowledge.width}))
     head = Recommender(schema, run.model.build(schema), run.embeddings).head
     return {
         "overall": _block(report["overall"]),
         "scenarios": {name: _block(block) for name, block in report["scenarios"].items()},
         "dense_parameters": sum(weights.numel() for weights in head.parameters()),
-        "table_parameters": sum(table.rows * table.width * schema.copies(table) for table in schema.tables),
+        "table_parameters": sum(table.rows * table.width * schema.copies(table) for table in tables),
         # The first reading pays for warming up.
         "samples_per_second": round(median(speeds[1:] or speeds)),
         "seconds": round(seconds, 1),
@@ -488,16 +499,19 @@ def _line(raw: Any) -> Line:
 
 
 def _place(run: RunConfig, key: str) -> str | None:
-    """Where a key of the search space stands in the run: a model that wraps another takes its settings there."""
+    """Where a key of the search space stands in the run: with models that wrap others, in the innermost that has it.
+
+    So a model is tuned alike with and without a wrapper, also where the wrapper has a setting of the same name.
+    """
     section, _, name = key.partition(".")
     if section != "model":
         return key
-    model, place = run.model, "model"
-    while name.partition(".")[0] not in type(model).model_fields:
+    found, model, place = None, run.model, section
+    while model is not None:
+        if name.partition(".")[0] in type(model).model_fields:
+            found = f"{place}.{name}"
         model, place = getattr(model, "backbone", None), f"{place}.backbone"
-        if model is None:
-            return None
-    return f"{place}.{name}"
+    return found
 
 
 def _settings(run: RunConfig) -> dict[str, Any]:

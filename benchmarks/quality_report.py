@@ -185,6 +185,8 @@ def _about(grid: Grid, standing: Standing) -> str:
     told = [f"`{data.prepare}`; {search}."]
     if not data.here:
         told.append("The data are not on the machine that wrote this: lines of the newest line's data are shown.")
+    if not data.vectors_here:
+        told.append("The vectors are not on the machine that wrote this: lines of the newest line's vectors are shown.")
     absent = {model: _lacks(standing, model) for model in standing.searches if model not in standing.models}
     told += [f"No results, {why}: {', '.join(models)}." for why, models in _grouped(absent).items()]
     seeds = set(grid.config.seeds)
@@ -284,22 +286,28 @@ def _comparison(grid: Grid, models: Mapping[str, Runs]) -> str:
 def _claims(grid: Grid, models: Mapping[str, Runs]) -> str:
     """Each model against those that it has to beat, one by one, and whether it beats every one of them."""
     rows = [["model", "against", "gain", "p", "worst scenario", "worse", "counts"]]
+    runs = {name: models.get(name, Runs(name, {})) for name in grid.config.models}
     for model, others in grid.config.against.items():
-        run = [name for name in others if {model, name} <= models.keys()]
-        gains = {name: each for name in run if (each := models[model].gains(models[name], grid.judged))}
-        tested = [(mean(each), _p(each)) for each in gains.values()]
-        if len(gains) < len(others) or any(p is None for _, p in tested):
+        gains = {name: runs[model].gains(runs[name], grid.judged) for name in others}
+        if any(len(each) < len(grid.config.seeds) for each in gains.values()):
             verdict = "not all run"
         else:
             # Each of them has to hold, so the weakest is the test of all, and needs no correction for their number.
-            verdict = "yes" if all(gain > 0 and p is not None and p < 0.05 for gain, p in tested) else "no"
+            verdict = "yes" if all(_holds(each) for each in gains.values()) else "no"
         for name, each in gains.items():
-            seesaw = _seesaw(models[model], models[name], _large_scenarios(models))
-            rows.append([model, name, _spread(each, ".4f", "+"), _p_value(each), *seesaw, verdict])
+            seesaw = _seesaw(runs[model], runs[name], _large_scenarios(models))
+            rows.append([model, name, _spread(each, ".4f", "+") if each else "-", _p_value(each), *seesaw, verdict])
     return (
-        "A model's gain counts where it is positive with p < .05 over every one of those that it is held against.\n\n"
-        + _markdown(rows)
+        "A model's gain counts where it is positive with p < .05 (two-sided paired t-test over the grid's seeds) "
+        "over every one of those that it is held against; where seeds do not differ at all, the sign decides."
+        "\n\n" + _markdown(rows)
     )
+
+
+def _holds(gains: Sequence[float]) -> bool:
+    """Whether a model gains over one that it is held against, by test, or by sign where seeds do not differ at all."""
+    p = _p(gains)
+    return len(gains) > 1 and mean(gains) > 0 and (p is None or p < 0.05)
 
 
 def _seesaw(runs: Runs, baseline: Runs, scenarios: Sequence[str]) -> list[str]:

@@ -1,8 +1,10 @@
 """Extracts knowledge with a frozen language model, as a job of a Ray cluster.
 
-ray job submit --working-dir . -- python jobs/extract.py jobs/configs/extract-movielens.toml --workers 8
+ray job submit --working-dir . -- python jobs/extract.py jobs/configs/extract-movielens.toml --workers 8 \
+  data=/shared/data/ml-1m-time out=/shared/knowledge/ml-1m-time
 
-OUT and the data lie on a file system that all machines share. A job that was lost is submitted again: it goes on.
+OUT and the data lie on a file system that all machines share, hence the absolute paths: a relative one would be below
+Ray's copy of the working directory. A job that was lost is submitted again: it goes on.
 """
 
 import os
@@ -25,7 +27,8 @@ def main(config: Path, settings: tuple[str, ...], workers: int, retries: int) ->
     \b
     Examples:
       python jobs/extract.py jobs/configs/extract-movielens.toml --workers 2
-      ray job submit --working-dir . -- python jobs/extract.py jobs/configs/extract-movielens.toml --workers 8
+      ray job submit --working-dir . -- python jobs/extract.py jobs/configs/extract-movielens.toml --workers 8 \
+        data=/shared/data/ml-1m-time out=/shared/knowledge/ml-1m-time
     """
     log_to_stderr()
     # Before torch is loaded.

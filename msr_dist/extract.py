@@ -207,6 +207,8 @@ class Described:
     stamp: str
     fingerprint: str
     model: dict[str, Any]
+    longest: int
+    """Tokens of the longest prompt that the model takes."""
     peak: float
     """Floating-point operations per second that its device does at best, in the model's number format."""
 
@@ -280,6 +282,7 @@ class _Worker:
             stamp=self._stamp,
             fingerprint=self._encoder.fingerprint,
             model=self._encoder.describe(),
+            longest=self._encoder.longest,
             peak=self._encoder.peak(),
         )
 
@@ -425,6 +428,11 @@ def extract(
         with Workers(make, launcher, workers, model.device, retries) as crew:
             described = _describe(crew, prompts, schema)
             writer = StoreWriter(place.out, described.stamp, described.vectors.shape[1])
+            if place.prompts.user_tokens > described.longest:
+                raise ValueError(
+                    f"prompts.user_tokens is {place.prompts.user_tokens}, but the model takes {described.longest} "
+                    "tokens at most: lower it, so that longer prompts are cut and not refused"
+                )
             _expect_same_model(place.out, described, templates)
             _set_aside(writer)
             writer.write_scenarios(
@@ -474,9 +482,7 @@ def show_prompts(config: ExtractConfig, user: str | None = None, scenario: str |
     if scenario is not None and scenario not in names:
         raise ValueError(f"{config.data}: no scenario {scenario!r}; the data have {', '.join(names)}")
     templates = Templates.load(config.prompts)
-    imported = config.out / MODEL
-    # A tokenizer in safetensors' company is read at once, one in a GGUF file takes its time.
-    count = token_counter(import_model(config.model, imported) if imported.exists() else config.model)
+    count = token_counter(config.model)
     if user is None:
         statistics = scenario_statistics(config.data, schema, config.history)
         for name, prompt in zip(names, scenario_prompts(schema, statistics, templates), strict=True):
@@ -579,28 +585,28 @@ def _encode(
     left = [number for number, count in enumerate(users) if not writer.shard_done(number, count)]
     finished = sum(users) - sum(users[number] for number in left)
     log.info("%d of %d shards are left, with %d users", len(left), len(users), sum(users) - finished)
-    if 0 < len(left) < workers:
+    if not finished and 0 < len(left) < workers:
         log.info(
             "fewer shards than workers: with a smaller users_per_shard, all %d would have something to do", workers
         )
     meter = _Meter(Progress("extract", sum(users), done=finished, unit="user"), peak * workers)
-    lost = []
+    lost = {}
     for piece, result in crew.attempt(Shard(number, writer.stamp) for number in left):
         assert isinstance(piece, Shard)
         if isinstance(result, Lost):
-            lost.append(piece.number)
+            lost[piece.number] = result.how
         else:
             meter.add(result)
-    for number in lost:
-        without = _killers(crew, Probe(number, 0, users[number]), writer)
+    for number, how in lost.items():
+        without = _killers(crew, Probe(number, 0, users[number]), writer, how)
         for _, result in crew.spread([Shard(number, writer.stamp, without)]):
             meter.add(result)
     meter.close()
     return meter.counts
 
 
-def _killers(crew: Workers[Piece, Result], shard: Probe, writer: StoreWriter) -> tuple[int, ...]:
-    """Rows of the users of `shard` whose prompts no worker survives, found by halves."""
+def _killers(crew: Workers[Piece, Result], shard: Probe, writer: StoreWriter, how: str) -> tuple[int, ...]:
+    """Rows of the users of `shard` whose prompts no worker survives, found by halves; `how` its last worker ended."""
     log.warning("shard %d: looking for the user whose prompt kills its workers", shard.number)
     rows = [history.row for history in read_histories(shard_file(writer.folder / HISTORIES, shard.number))]
     suspects, killers = [shard], list[int]()
@@ -622,8 +628,8 @@ def _killers(crew: Workers[Piece, Result], shard: Probe, writer: StoreWriter) ->
             break
     if not 0 < len(killers) <= _MOST_KILLERS:
         raise LaunchError(
-            f"shard {shard.number} kills its workers, and it is not single users who do: is there too little memory? "
-            "give fewer --workers, or less to do at a time (model.batch_tokens)"
+            f"shard {shard.number} was lost with its workers, at last so: {how}; no single users' prompts do that. If "
+            "memory is too small, give fewer --workers, or less to do at a time (model.batch_tokens)"
         )
     return tuple(sorted(killers))
 
@@ -660,7 +666,7 @@ def _provenance(
     table = schema.user_table.name
     return Provenance(
         # The name that was asked for: where it was found differs from one machine, and one store, to another.
-        model=described.model | {"name": config.model.name, "revision": config.model.revision},
+        model=described.model | {"name": config.model.name},
         fingerprint=described.fingerprint,
         templates=templates.digest,
         pooling=config.model.pooling,

@@ -16,7 +16,7 @@ from msr_dist.batch import ScenarioBatch
 from msr_dist.config import Config, parse
 from msr_dist.models.base import Backbone, Behaviours, Inputs, Widths
 from msr_dist.models.layers import TargetAttention
-from msr_dist.schema import KNOWLEDGE_TABLE, Feature, FeatureSchema, Table
+from msr_dist.schema import KNOWLEDGE_TABLE, UNSEEN, Feature, FeatureSchema, Table
 
 PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 _MOST_STAND_INS = 8
@@ -102,7 +102,8 @@ class Recommender(nn.Module):
         used = [table for table in schema.tables if _features(table, schema)]
         bags = [_bag(table, schema, config.init_scale) for table in used if table.name not in listed]
         lists = [_list(table, schema, config.init_scale) for table in used if table.name in listed]
-        known = [_bag(table, schema, config.init_scale) for table in _knowledge(schema)]
+        # Where they are trained, they start at the scale of what they stand for: variance 1.
+        known = [_bag(table, schema, math.sqrt(3 * table.width)) for table in _knowledge(schema)]
         meta = torch.device("meta")
         self.embeddings = EmbeddingBagCollection(tables=bags, device=meta) if bags else None
         self.sequences = EmbeddingCollection(tables=lists, device=meta) if lists else None
@@ -171,7 +172,8 @@ class Head(nn.Module):
         """The backbone's loss, averaged over the rows of all ranks."""
         inputs = self._inputs(pooled, lists or {}, batch)
         if known is not None:
-            inputs = replace(inputs, user=batch.ids[self._user].values() // self._copies, knowledge=self._known(known))
+            user = batch.ids[self._user].values() // self._copies
+            inputs = replace(inputs, user=user, knowledge=self._known(known, user))
         objective = self.backbone.objective(inputs)
         loss = objective.loss(batch.labels, batch.weights) / batch.rows_per_rank
         logits = objective.logits.detach()
@@ -201,12 +203,12 @@ class Head(nn.Module):
             groups[group] = torch.cat([*parts, batch.numeric[:, numerics]] if numerics else parts, dim=1)
         return Inputs(groups, batch.scenario, batch.row, behaviours)
 
-    def _known(self, looked_up: KeyedTensor) -> Tensor:
+    def _known(self, looked_up: KeyedTensor, user: Tensor) -> Tensor:
         """`[B, K + 1]` fp32: the user's vector, and whether it is known."""
         assert self._knowledge is not None
         vectors: Tensor = looked_up.to_dict()[self._user].float()
         if self._knowledge.trained:
-            return torch.cat([vectors, vectors.new_ones(len(vectors), 1)], dim=1)
+            return torch.cat([vectors, (user != UNSEEN)[:, None].float()], dim=1)
         # Detached: the table is fixed, so no gradient may go back to it.
         return vectors[:, : self._knowledge.width + 1].detach()
 

@@ -218,7 +218,7 @@ def test_several_such_users_are_found_by_halves(tmp_path, marked, model):
 @pytest.mark.parametrize("accident", [(encoding.FailsAtMany,), (encoding.FailsAt, "; ")])
 def test_workers_that_die_of_everything_end_the_extraction(tmp_path, data, model, accident):
     encoder, *word = accident
-    with pytest.raises(LaunchError, match=r"^shard 0 kills its workers, and it is not single users who do"):
+    with pytest.raises(LaunchError, match=r"^shard 0 was lost with its workers, at last so: .*; no single users"):
         extract(
             config(data, model, tmp_path / "store", users_per_shard=38),
             retries=0,
@@ -404,3 +404,10 @@ def test_what_the_model_reads_can_be_looked_at(tmp_path, data, model):
     assert other.prompt.text == open_store(asked.out).scenario_prompts()[1]
     with pytest.raises(ValueError, match="no scenario 'serach'; the data have home, search, tonight"):
         list(show_prompts(asked, scenario="serach"))
+
+
+def test_prompts_are_not_let_become_longer_than_the_model_takes(tmp_path, data, model):
+    wide = EncoderConfig(name=str(model), dtype="fp32", device="cpu", max_tokens=9000)
+    long = ExtractConfig(data=data, out=tmp_path / "store", model=wide, prompts=PromptConfig(user_tokens=9000))
+    with pytest.raises(ValueError, match=r"^prompts\.user_tokens is 9000, but the model takes 4096 tokens at most"):
+        extract(long)

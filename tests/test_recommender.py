@@ -28,11 +28,11 @@ class Remembering(Backbone):
         return torch.zeros(len(inputs.scenario), 2, requires_grad=True)
 
 
-def batch() -> ScenarioBatch:
+def batch(users: tuple[int, int] = (1, 2)) -> ScenarioBatch:
     return ScenarioBatch(
         ids=KeyedJaggedTensor(
             keys=["user", "item", "history", "tags"],
-            values=torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, 9]),
+            values=torch.tensor([*users, 3, 4, 5, 6, 7, 8, 9]),
             lengths=torch.tensor([1, 1, 1, 1, 3, 0, 1, 1]),
         ),
         numeric=torch.tensor([[0.5], [-0.5]]),
@@ -180,6 +180,8 @@ def test_a_trained_embedding_in_the_place_of_what_is_known():
     Head(informed("trained"), backbone)(embedded(["user", "item", "history", "tags"]), None, batch(), known)
     assert backbone.seen.knowledge.tolist() == [[1, 2, 3, 4, 1], [0, 0, 0, 0, 1]]
     assert backbone.seen.knowledge.requires_grad
+    Head(informed("trained"), backbone)(embedded(["user", "item", "history", "tags"]), None, batch((0, 2)), known)
+    assert backbone.seen.knowledge[:, -1].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +195,8 @@ def test_the_table_of_what_is_known_has_the_rows_of_the_users(vectors, width, pr
         (table,) = model.knowledge.embedding_bag_configs()
         assert (table.name, table.num_embeddings, table.feature_names) == ("knowledge", rows, ["user"])
         assert (table.embedding_dim, table.data_type) == (width, precision)
+        # Uniform numbers between these have variance 1, as whitened vectors have.
+        assert table.weight_init_max == -table.weight_init_min == pytest.approx(3**0.5)
         assert model.reserved_rows(schema)["knowledge"] == (rows if per_scenario else 1)
     assert _model().knowledge is None
 

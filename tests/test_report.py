@@ -18,10 +18,11 @@ from msr_dist.llm.encode import EncoderConfig
 from msr_dist.llm.history import HistoryConfig
 from msr_dist.llm.prompts import PromptConfig
 from msr_dist.llm.vectors import open_store, open_table
-from msr_dist.models.llm4msr import Llm4msr
+from msr_dist.models.llm4msr import Llm4msr, UserLevel
 from msr_dist.report import write
 from msr_dist.report.acting import read
 from msr_dist.report.comparison import OVERALL, Gain, compare, judge
+from msr_dist.report.people import EARLIER, look_up
 from msr_dist.run import RunConfig, read_run
 from msr_dist.schema import FeatureSchema
 from msr_dist.train import train
@@ -190,7 +191,11 @@ def test_the_gain_is_the_difference_of_the_runs_metrics(runs, page):
         gain = own["scenarios"][name]["auc"] - its["scenarios"][name]["auc"]
         assert f"{name} {own['scenarios'][name]['auc']:.4f} {gain:+.4f}" in page.section("gains")
     assert f"{its['overall']['log_loss'] - own['overall']['log_loss']:+.4f}" in page.section("gains")
-    assert "over the backbone star" in page.section("gains")
+    assert "log loss this run gain over the backbone star" in page.section("gains")
+    assert "A gain is above 0 where this run is better; one in log loss is by how much it is lower." in page.section(
+        "gains"
+    )
+    assert "one-sided sign test over seeds at 5%, which five of five seeds pass" in page.section("method")
     assert "18 rows: too few to tell" in page.section("headline")
 
 
@@ -237,6 +242,36 @@ def test_prompts_and_neighbours_are_those_of_the_store(store, page):
     assert all(" ".join(prompt.split()) in told for prompt in prompts)
     assert all(HOSTILE in prompt for prompt in prompts)
     assert "nearest neighbours share" in told
+
+
+def test_a_prompt_that_cannot_be_made_again_is_left_out_and_said(tmp_path, runs, store):
+    kept, folder = tmp_path / "store", tmp_path / "runs/llm"
+    shutil.copytree(store, kept)
+    shutil.copytree(runs / "llm", folder)
+    file = folder / "config.toml"
+    file.write_text(file.read_text().replace(str(store), str(kept)))
+    template = tmp_path / "user.txt"
+    settings = load(ExtractConfig, kept / "config.toml")
+    prompts = settings.prompts.model_copy(update={"user_template": template})
+    (kept / "config.toml").write_text(dump(settings.model_copy(update={"prompts": prompts})))
+    # Gone, and another one.
+    for text in (None, "Of {scenarios}: {history}"):
+        if text is not None:
+            template.write_text(text)
+        page = Page(write(folder)[0])
+        users = re.findall(r"User (\d+) user", page.section("people"))
+        assert len(users) == 3
+        assert "What the language model read about user" not in page.section("people")
+        assert f"What the language model read about {', '.join(users)} is not shown" in page.section("left-out")
+
+
+def test_what_came_before_the_log_is_of_no_scenario(data, store):
+    schema = FeatureSchema.read(data)
+    fewer = schema.model_copy(update={"scenarios": schema.scenarios[:-1]})
+    people = look_up(open_store(store), open_table(open_store(store), 4), fewer)
+    names = {name for example in people.examples for name in example.user.choices}
+    assert names == {EARLIER, *(each.name for each in fewer.scenarios)}
+    assert {example.prompt for example in people.examples} == {None}
 
 
 def test_names_and_titles_are_text_whatever_they_hold(runs, page):
@@ -296,6 +331,28 @@ def test_strength_is_that_of_the_models_parts(tmp_path, data, store, fusion, mon
     assert f"{FRONT} 20 {found[FRONT].known:.1%} - {found[FRONT].user_level:.1%}" in Page(write(folder)[0]).section(
         "strength"
     )
+
+
+def test_rows_without_an_input_are_left_out_of_how_far_it_moves(runs, monkeypatch):
+    seen = []
+    forward, objective = UserLevel.forward, Llm4msr.objective
+
+    def emptied(level, x, user, knowledge):
+        x[::2] = 0
+        after = forward(level, x, user, knowledge)
+        seen.append(((after - x).norm(dim=1) / x.norm(dim=1))[1::2])
+        return after
+
+    def watched(model, inputs):
+        seen.append(inputs.scenario[1::2])
+        return objective(model, inputs)
+
+    monkeypatch.setattr(UserLevel, "forward", emptied)
+    monkeypatch.setattr(Llm4msr, "objective", watched)
+    found = read(read_run(runs / "llm")).scenarios
+    scenario, moved = seen
+    for place, each in enumerate(found.values()):
+        assert each.user_level == pytest.approx(moved[scenario == place].mean().item(), rel=1e-5)
 
 
 @pytest.mark.usefixtures("page")
@@ -385,7 +442,10 @@ def test_a_gain_counts_only_over_all_controls_and_beyond_chance(family):
     for kind in ("random", "shuffled", "trained"):
         family(kind, 0.695, model={"vectors": kind})
     assert verdict(folder).kind == "leads"
-    assert "better than the backbone star in 1 of 1 seed." in verdict(folder).sentence
+    assert (
+        "better than the backbone star in 1 of 1 seed (one-sided sign test over seeds at 5%, which"
+        in verdict(folder).sentence
+    )
     for seed in seeds[1:]:
         family(f"llm-{seed}", 0.70 + seed / 1000, seed)
         family(f"star-{seed}", 0.69, seed, STAR)
@@ -411,6 +471,48 @@ def test_a_gain_counts_only_over_all_controls_and_beyond_chance(family):
         verdict(folder).sentence == "Does not count: shuffled users do as well or better, so it is not the knowledge."
     )
     assert verdict(folder.parent / "random").sentence.startswith("A control itself")
+
+
+def test_all_rows_decide_and_scenarios_with_rows_are_told_beside(family, runs):
+    for seed in range(5):
+        for name, auc, model in (("llm", 0.7, None), ("star", 0.69, STAR)):
+            home = family(f"{name}-{seed}", auc, seed, model).parent
+        for kind in ("random", "shuffled", "trained"):
+            family(f"{kind}-{seed}", 0.695, seed, {"vectors": kind})
+    shutil.copytree(runs / "llm/checkpoints", home / "llm-0/checkpoints")
+    told = Page(write(home / "llm-0")[0]).section("headline")
+    assert "Yes: over all rows it is better than its backbone and than every control, beyond chance (one-sided" in told
+    assert "No scenario has the 1,000 rows" in told
+
+    # It loses over all rows, and wins in every scenario, of which one has rows enough.
+    for seed in range(5):
+        file = home / f"llm-{seed}/metrics.json"
+        report = json.loads(file.read_text())
+        report["overall"]["labels"]["like"]["auc"] = 0.6
+        report["scenarios"][FRONT]["labels"]["like"]["rows"] = 5000
+        file.write_text(json.dumps(report))
+    told = Page(write(home / "llm-0")[0]).section("headline")
+    assert "No: over all rows it is not ahead of its backbone and every control." in told
+    assert "Among scenarios with 1,000 rows or more it counts in 1 of 1, and may be chance in 0" in told
+
+
+def test_shuffled_users_are_no_control_of_a_run_that_does_not_read_them(family):
+    base = {"user_level": False}
+    folder = family("llm", 0.70, model=base)
+    family("star", 0.69, model=STAR)
+    names = [(each.name, each.role) for each in compare(read_run(folder), []).missing]
+    assert names == [
+        ("random vectors", "control"),
+        ("trained vectors", "control"),
+        ("with user level", "ablation"),
+        ("vectors as features", "ablation"),
+    ]
+    for kind in ("random", "trained"):
+        family(kind, 0.695, model=base | {"vectors": kind})
+    assert verdict(folder).kind == "leads"
+    # The same run in truth, so it takes nothing from the verdict.
+    family("shuffled", 0.70, model=base | {"vectors": "shuffled"})
+    assert verdict(folder).kind == "leads"
 
 
 def test_a_run_that_loses_or_has_no_auc(family):

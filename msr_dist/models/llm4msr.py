@@ -13,7 +13,7 @@ The algebra is a reconstruction, and the paper's own may differ:
     b(z)   = b_0 + sum_j q_j b_j
 
     x_l    = relu(((x_{l-1} V_l) K_l(z_u) + b_l(z_u)) U_l) user level, l = 1 .. L, no relu in the last; x_0 = e
-    e~     = e + x_L
+    e~     = e + known x_L
     v_l    = relu(v_{l-1} K'_l(z_s) + b'_l(z_s))           scenario level, no relu in the last layer; v_0 = e~
     logits = backbone(e~) + v_last                         or (1 - a) backbone(e~) + a v_last, a learned, [T]
 
@@ -30,6 +30,8 @@ What is ours:
   backbone. The core of rank r is that of APG, as is the bias in its space.
 - e + x_L: without it, a generator at its start would destroy e. With `residual` off the sum is e S + x_L, where S
   `[D, D]` is learned from the identity on.
+- A user without a vector is left to the backbone: LN would make a code of full length out of nothing, and training
+  has hardly any rows that could teach it, while most rows of a test by time may be of new users.
 - The scenarios' vectors are centred and scaled over the scenarios: prompts of one kind have most in common.
 - e~ replaces the groups alone; lists of behaviours, which some backbones read beside them, stay as they are.
 - Dropout, off by default.
@@ -245,7 +247,8 @@ class UserLevel(nn.Module):
         added = x
         for layer in self.layers[:-1]:
             added = torch.relu(layer(added, users))
-        changed: Tensor = self.layers[-1](added, users) + (x if self.shortcut is None else x @ self.shortcut)
+        known = knowledge[:, -1:]
+        changed: Tensor = self.layers[-1](added, users) * known + (x if self.shortcut is None else x @ self.shortcut)
         return changed
 
     def _users(self, user: Tensor, knowledge: Tensor) -> Users:
@@ -268,11 +271,13 @@ class ScenarioCodes(nn.Module):
 
     def __init__(self, config: Config, vectors: Tensor) -> None:
         super().__init__()
+        # Aside, so that all else starts the same with any vectors, and runs of one seed are pairs.
+        with _aside():
+            drawn = torch.randn_like(vectors)
         if config.vectors == "trained":
-            self.vectors = nn.Parameter(torch.randn_like(vectors))
+            self.vectors = nn.Parameter(drawn)
         else:
-            vectors = torch.randn_like(vectors) if config.vectors == "random" else vectors
-            self.register_buffer("vectors", _standardised(vectors))
+            self.register_buffer("vectors", _standardised(drawn if config.vectors == "random" else vectors))
         self.code = _encoder(vectors.shape[1], config.code_width)
 
     def forward(self) -> Tensor:
@@ -420,7 +425,8 @@ class Llm4msr(Backbone):
         """`[B, k or 2 k]`: the codes that take part."""
         codes = []
         if self.user_code is not None:
-            codes.append(self.user_code(inputs.knowledge))
+            assert inputs.knowledge is not None
+            codes.append(self.user_code(inputs.knowledge) * inputs.knowledge[:, -1:])
         if self.scenario_codes is not None:
             codes.append(F.embedding(inputs.scenario, self.scenario_codes()))
         return torch.cat(codes, dim=1) / math.sqrt(codes[0].shape[1])

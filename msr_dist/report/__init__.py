@@ -26,6 +26,7 @@ from msr_dist.report.comparison import (
     BACKBONE_FILE,
     CONTROLS,
     OVERALL,
+    TEST,
     Comparison,
     Gain,
     Verdict,
@@ -145,6 +146,7 @@ def _summary(comparison: Comparison) -> dict[str, Any]:
     return {
         "run": comparison.run,
         "comparison": comparison,
+        "test": TEST,
         "split": comparison.run.evaluation.final,
         "label": label,
         "seeds": list(comparison.subject.runs),
@@ -205,6 +207,12 @@ def _knowledge(comparison: Comparison) -> dict[str, Any]:
         left_out.append("This run does not read the users' vectors: the report of one that does shows users.")
     else:
         people = look_up(store, open_table(store, run.knowledge.width), schema)
+        unread = [str(each.user.id) for each in people.examples if each.prompt is None]
+        if unread:
+            left_out.append(
+                f"What the language model read about {', '.join(unread)} is not shown: templates or scenarios have "
+                "changed since the extraction, so that the prompts cannot be made again."
+            )
     if not reading.acts:
         left_out.append("The vectors are features of the backbone in this run: there are no meta layers to look at.")
     if reading.given is None:
@@ -238,26 +246,23 @@ def _card(comparison: Comparison, label: str, scenario: str | None) -> Card:
 
 def _headline(comparison: Comparison, cards: Sequence[Card]) -> list[str]:
     """The answer in a sentence, and what should not be missed about it."""
-    inner = [card for card in cards if card.scenario is not None]
-    kinds = [card.verdict.kind for card in inner]
-    counted = {kind: f"{kinds.count(kind)} of {len(inner)} scenarios" for kind in ("counts", "leads")}
+    whole, *inner = cards
     if comparison.vectors in CONTROLS:
         told = [
             f"This run is a control, with {CONTROLS[comparison.vectors]}: it shows what the added layers are worth."
         ]
-    elif "counts" in kinds:
-        told = [f"Yes, in {counted['counts']}: better than its backbone and than every control, beyond chance."]
-    elif "leads" in kinds:
-        told = [
-            f"Perhaps: in {counted['leads']} it is ahead of its backbone and every control, if it is not by chance."
-        ]
-    elif "open" in kinds:
-        told = ["Not known yet: runs to compare with are missing, and a gain counts only over all controls."]
     else:
-        told = ["No: in no scenario is it ahead of its backbone and every control."]
-    whole = cards[0].gain
-    if whole is not None:
-        told.append(f"Over all rows its AUC differs from that of its backbone by {_gained(whole)}.")
+        told = [_ANSWERS[whole.verdict.kind]]
+        kinds = [card.verdict.kind for card in inner if not card.few]
+        if kinds:
+            told.append(
+                f"Among scenarios with {FEW_ROWS:,} rows or more it counts in {kinds.count('counts')} of {len(kinds)}, "
+                f"and may be chance in {kinds.count('leads')}; each is judged alone, one of many may count by chance."
+            )
+        else:
+            told.append(f"No scenario has the {FEW_ROWS:,} rows that it takes to tell of it alone.")
+    if whole.gain is not None:
+        told.append(f"Over all rows its AUC differs from that of its backbone by {_gained(whole.gain)}.")
     if any(card.gain is not None and card.gain.mean > SUSPICIOUS and not card.few for card in cards):
         told.append(
             f"A gain above {SUSPICIOUS} is more than was ever published of this method: before believing it, make sure "
@@ -365,3 +370,14 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
+
+
+_ANSWERS = {
+    "counts": f"Yes: over all rows it is better than its backbone and than every control, beyond chance ({TEST}).",
+    "leads": f"Perhaps: over all rows it is ahead of its backbone and every control, but that may be chance ({TEST}).",
+    "fails": "No: over all rows it is not ahead of its backbone and every control.",
+    "open": "Not known yet: runs to compare with are missing, and a gain counts only over all controls.",
+    "undefined": "Not known: over all rows, AUC is not defined.",
+}
+"""Kind of the verdict over all rows -> whether the language model helps. Scenarios have no say: among many, one is
+ahead by chance."""

@@ -35,9 +35,10 @@ class Acting:
     """Share of the rows whose user has a vector."""
     scenario_level: float | None
     """Mean size of what it adds to the logits, over that of what the backbone brings; None where there is none, or
-    nothing has taught it."""
+    nothing has taught it, or the backbone brings nothing."""
     user_level: float | None
-    """Mean of how far it moves the input, over the input's length; None where there is none."""
+    """Mean of how far it moves the input, over the input's length, of rows whose input has a length; None where there
+    is none."""
 
 
 @dataclass(frozen=True)
@@ -118,38 +119,38 @@ class _Sums:
     """Sums over rows, by scenario."""
 
     def __init__(self, scenarios: int) -> None:
-        self._rows = np.zeros(scenarios)
-        self._sums: dict[str, Floats] = {}
+        self._sums: dict[str, Floats] = {"rows": np.zeros(scenarios)}
 
     def add(self, scenario: Tensor, seen: _Seen, logits: Tensor, share: Tensor | None) -> None:
         place = scenario.cpu().numpy()
-        self._rows += np.bincount(place, minlength=len(self._rows))
-        values: dict[str, Tensor] = {}
+        scenarios = len(self._sums["rows"])
+        values = {"rows": torch.ones_like(scenario)}
         if seen.before is not None and seen.after is not None and seen.known is not None:
-            moved = (seen.after - seen.before).norm(dim=1) / seen.before.norm(dim=1)
-            values |= {"moved": moved, "known": seen.known}
+            length = seen.before.norm(dim=1)
+            moved = torch.where(length > 0, (seen.after - seen.before).norm(dim=1) / length, 0)
+            values |= {"moved": moved, "movable": length > 0, "known": seen.known}
         if seen.scenario is not None:
             added = seen.scenario if share is None else share * seen.scenario
             values |= {"added": added.abs().mean(dim=1), "backbone": (logits - added).abs().mean(dim=1)}
         for name, value in values.items():
-            per_scenario = np.bincount(place, value.double().cpu().numpy(), minlength=len(self._rows))
-            self._sums[name] = self._sums.get(name, np.zeros(len(self._rows))) + per_scenario
+            per_scenario = np.bincount(place, value.double().cpu().numpy(), minlength=scenarios)
+            self._sums[name] = self._sums.get(name, np.zeros(scenarios)) + per_scenario
 
     def by_scenario(self, schema: FeatureSchema) -> dict[str, Acting]:
-        def ratio(over: str, under: Floats, place: int) -> float | None:
-            return float(self._sums[over][place] / under[place]) if over in self._sums else None
+        def ratio(over: str, under: str, place: int) -> float | None:
+            if over not in self._sums or not self._sums[under][place]:
+                return None
+            return float(self._sums[over][place] / self._sums[under][place])
 
         return {
             scenario.name: Acting(
-                rows=int(self._rows[place]),
-                known=ratio("known", self._rows, place),
-                scenario_level=ratio("added", self._sums["backbone"], place)
-                if "added" in self._sums and scenario.taught
-                else None,
-                user_level=ratio("moved", self._rows, place),
+                rows=int(self._sums["rows"][place]),
+                known=ratio("known", "rows", place),
+                scenario_level=ratio("added", "backbone", place) if scenario.taught else None,
+                user_level=ratio("moved", "movable", place),
             )
             for place, scenario in enumerate(schema.scenarios)
-            if self._rows[place]
+            if self._sums["rows"][place]
         }
 
 

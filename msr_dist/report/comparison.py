@@ -31,7 +31,8 @@ BACKBONE_FILE = "backbone.toml"
 """In the run's folder: what its backbone alone is trained from, as no setting on a command line takes the section
 [knowledge] away."""
 LEVEL = 0.05
-"""A gain is told from chance where a sign test over seeds says so at this level: five of five seeds do."""
+"""A gain is told from chance where `TEST` says so at this level."""
+TEST = f"one-sided sign test over seeds at {LEVEL:.0%}, which five of five seeds pass"
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def judge(comparison: Comparison, label: str, scenario: str) -> Verdict:
     weakest = min(gains, key=lambda name: gains[name].wins / len(gains[name].values))
     wins, tried = gains[weakest].wins, len(gains[weakest].values)
     reason = f"better than {weakest} in {wins} of {tried} {'seed' if tried == 1 else 'seeds'}"
-    return Verdict("leads", f"Ahead of its backbone and all controls, but that may be chance: {reason}.")
+    return Verdict("leads", f"Ahead of its backbone and all controls, but that may be chance: {reason} ({TEST}).")
 
 
 def backbone_alone(run: RunConfig) -> RunConfig:
@@ -339,7 +340,12 @@ def _role(run: RunConfig, other: RunConfig) -> Role:
     changed = {key.removeprefix("model.") for key in _differences(run, other) if key.startswith(_MODEL)}
     if not changed <= _SWITCHES.keys() | {"vectors"}:
         return "other"
-    return "control" if changed == {"vectors"} and its["vectors"] in CONTROLS else "ablation"
+    return "control" if changed == {"vectors"} and its["vectors"] in _controls(its) else "ablation"
+
+
+def _controls(model: Mapping[str, Any]) -> dict[str, str]:
+    """Those of `CONTROLS` that change something: only users' vectors are shuffled, and not every model reads them."""
+    return {vectors: name for vectors, name in CONTROLS.items() if vectors != "shuffled" or model["user_level"]}
 
 
 def _named(run: RunConfig, groups: Sequence[dict[int, Finished]]) -> list[Variant]:
@@ -380,7 +386,7 @@ def _missing(run: RunConfig, others: Sequence[Variant], unfinished: Sequence[Run
         (f"the backbone {_kind(model['backbone'])}", "backbone", "backbone", [])
     ]
     if model["vectors"] not in CONTROLS:
-        wanted += [(CONTROLS[each], "control", each, [f"model.vectors={each}"]) for each in CONTROLS]
+        wanted += [(name, "control", each, [f"model.vectors={each}"]) for each, name in _controls(model).items()]
     for key, (off, on) in _SWITCHES.items():
         if key.endswith("_level") and not any(model[level] for level in _SWITCHES if level not in (key, "as_features")):
             continue  # the other level is off already, and without both there is the backbone

@@ -18,6 +18,8 @@ from msr_dist.schema import FeatureSchema
 
 EXAMPLES = 3
 NEIGHBOURS = 3
+EARLIER = "earlier, anywhere"
+"""What is called so in prompts as well."""
 SHOWN = 6
 """Choices of a scenario that are shown, the newest."""
 SEARCHED = 20_000
@@ -60,7 +62,8 @@ class Example:
 
     user: Person
     neighbours: tuple[Person, ...]
-    prompt: str
+    prompt: str | None
+    """None where it cannot be made again: templates or scenarios have changed since the extraction."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def look_up(store: VectorStore, vectors: RowVectors, schema: FeatureSchema) -> P
     chosen = sorted(histories, key=lambda each: (-len(set(each.scenarios)), -len(each.texts), each.row))[:EXAMPLES]
     nearest = {each.row: vectors.nearest(each.row, NEIGHBOURS) for each in chosen}
     others = _histories(store.folder, {row for pairs in nearest.values() for row, _ in pairs})
-    names = [scenario.name for scenario in schema.scenarios]
+    # What came before the log has the place behind the last scenario.
+    names = [*(scenario.name for scenario in schema.scenarios), EARLIER]
     examples = []
     for each in chosen:
         theirs = frozenset(each.texts)
@@ -143,19 +147,19 @@ def _person(history: History, cosine: float | None, names: Sequence[str], shared
     return Person(history.id, cosine, choices)
 
 
-def _prompt(store: VectorStore, history: History, schema: FeatureSchema) -> str:
+def _prompt(store: VectorStore, history: History, schema: FeatureSchema) -> str | None:
     """What the model read about the user: of all lengths that the prompt may have been cut to, the one it was."""
     config = load(ExtractConfig, store.folder / CONFIG_FILE)
-    templates = Templates.load(config.prompts)
+    try:
+        templates = Templates.load(config.prompts)
+    except ValueError:
+        return None
     digest = _stored_digest(store, history.row)
     for most in range(len(history.texts), 0, -1):
         prompt = user_prompt(_newest(history, most), schema.scenarios, templates, config.prompts, lambda _text: 0)
         if prompt_digest(store.manifest.fingerprint, prompt.text, prompt.own_start) == digest:
             return prompt.text
-    raise ValueError(
-        f"{store.folder}: the prompt of user {history.id} is not the one that its vector was made from: scenarios or "
-        "templates have changed since; run the same `msr-dist extract` again"
-    )
+    return None
 
 
 def _newest(history: History, most: int) -> History:

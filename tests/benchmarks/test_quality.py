@@ -414,6 +414,8 @@ def test_models_that_read_knowledge_are_held_against_their_backbone_and_controls
     quality("run", grid, "--results", tmp_path / "results", "--local")
     written = lines(tmp_path)
     assert {each["model"] for each in written if "knowledge" in each["settings"]} == {"knowing", "guessing"}
+    parameters = {each["model"]: each["table_parameters"] for each in written}
+    assert parameters["knowing"] - parameters["mlp"] == canonical.USERS * stores.TABLE_WIDTH
     quality("report", grid, "--results", tmp_path / "results")
     report = (tmp_path / "results/grid/README.md").read_text()
     claims = [line for line in report.splitlines() if line.startswith("| knowing | ")][-2:]
@@ -425,6 +427,34 @@ def test_models_that_read_knowledge_are_held_against_their_backbone_and_controls
     assert {case.model for case in standing(grid_of, tmp_path)} == {"mlp"}
 
 
+def test_data_are_told_by_their_bytes_where_the_vectors_are_absent(tmp_path, data, grid_of):
+    stores.write_vocabulary(data)
+    shutil.rmtree(stores.write(tmp_path / "store", data) / f"pca-{stores.TABLE_WIDTH}")
+    grid = grid_of(tmp_path, **knowing(tmp_path))
+    from quality_report import write_report
+
+    (small,) = grid.config.data
+    with pytest.raises(ValueError, match=r"data set small: .*store: has no vectors of width 8; .* msr-dist extract x"):
+        small.require(["train"])
+    (case,) = grid.finals(small, ["mlp"], [0])
+    grid.record(case, outcome({"home": 0.6}))
+    text = write_report(grid).read_text()
+    assert "The vectors are not on the machine that wrote this" in text
+    assert "The data are not on the machine" not in text
+    flip_labels(data)
+    assert [each.key for each in grid.finals(small, ["mlp"], [0])] != [case.key]
+
+
+def test_a_model_is_tuned_alike_with_and_without_a_wrapper(tmp_path, grid_of):
+    search = {"trials": 1, "space": {"model.dropout": [0.3], "model.rank": [4]}}
+    grid = grid_of(tmp_path, **knowing(tmp_path), search=search)
+    searches = grid.search(grid.config.data[0], ["mlp", "knowing"])
+    assert searches["mlp"].cases[0].chosen == {"model.dropout": 0.3}
+    (trial,) = searches["knowing"].cases
+    assert trial.chosen == {"model.backbone.dropout": 0.3, "model.rank": 4}
+    assert (trial.run.model.dropout, trial.run.model.backbone.dropout) == (0.0, 0.3)
+
+
 def standing(grid_of, folder: Path) -> list:
     grid = grid_of(folder, **knowing(folder))
     known = grid.lines("small", "test")
@@ -432,25 +462,31 @@ def standing(grid_of, folder: Path) -> list:
 
 
 @pytest.mark.parametrize(
-    ("gains", "counts"),
-    [((0.01, 0.012), "yes"), ((0.01, -0.001), "no"), ((0.01, None), "not all run")],
+    ("gains", "noise", "seeds", "counts"),
+    [
+        ((0.01, 0.012), 1e-4, [0, 1, 2], "yes"),
+        ((0.01, -0.001), 1e-4, [0, 1, 2], "no"),
+        ((0.01, 0.012), 0.0, [0, 1, 2], "yes"),
+        ((0.01, 0.0), 0.0, [0, 1, 2], "no"),
+        ((0.01, 0.012), 1e-4, [0, 2], "not all run"),
+        ((0.01, 0.012), 1e-4, [], "not all run"),
+    ],
 )
-def test_a_gain_counts_over_every_one_that_it_is_held_against(tmp_path, grid_of, gains, counts):
+def test_a_gain_counts_over_every_one_that_it_is_held_against(tmp_path, grid_of, gains, noise, seeds, counts):
     models = {"mlp": {}, "star": {}, "mmoe": {}}
     grid = grid_of(tmp_path, models=models, against={"star": ["mlp", "mmoe"]}, seeds=[0, 1, 2])
     for model, gain in zip(("mlp", "mmoe", "star"), (*gains, 0.0), strict=True):
-        for case in grid.finals(grid.config.data[0], [model], [0, 1, 2]):
-            if gain is not None:
-                jitter = case.run.seed * 1e-4 * (model == "star")
-                grid.record(case, outcome({"a": 0.7 - gain + jitter}))
+        for case in grid.finals(grid.config.data[0], [model], seeds if model == "mmoe" else [0, 1, 2]):
+            jitter = case.run.seed * noise * (model == "star")
+            grid.record(case, outcome({"a": 0.7 - gain + jitter}))
     from quality_report import write_report
 
     text = write_report(grid).read_text()
-    rows = [
-        line.split("|")[1:-1] for line in text.splitlines() if line.startswith(("| star | mlp |", "| star | mmoe |"))
-    ]
-    assert {cells[-1].strip() for cells in rows} == {counts}
-    assert len(rows) == 2 - (None in gains)
+    assert "two-sided paired t-test" in text.rpartition("A model's gain counts")[2]
+    found = text.splitlines()
+    rows = [line.split(" | ") for line in found if line.startswith(("| star | mlp |", "| star | mmoe |"))]
+    assert [cells[-1] for cells in rows] == [f"{counts} |"] * 2
+    assert (rows[1][2:-1] == ["-"] * 4) == (not seeds)
 
 
 def test_a_grid_says_what_it_lacks_for_knowledge(tmp_path, grid_of):

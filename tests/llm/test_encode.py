@@ -79,6 +79,16 @@ def test_batches_equal_one_by_one(folder, kind, pooling, share_prefix):
     np.testing.assert_allclose(encoded.vectors, one_by_one(folder(kind), prompts, pooling), rtol=1e-4, atol=2e-5)
 
 
+def test_an_end_token_ends_no_text(folder, tmp_path):
+    prompts = draw()
+    copy = shutil.copytree(folder("llama"), tmp_path / "model")
+    expected = one_by_one(copy, prompts, "last_generated_token", new_tokens=8)
+    settings = {"eos_token_id": list(range(0, 200)), "repetition_penalty": 5.0}
+    (copy / "generation_config.json").write_text(json.dumps(settings))
+    found = encoder(copy, pooling="last_generated_token", new_tokens=8).encode(prompts)
+    np.testing.assert_allclose(found.vectors, expected, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2, 3, -2, -4])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_any_layer(folder, kind, layer):

@@ -389,11 +389,14 @@ def test_a_published_history_stands_in_a_line_of_its_own(copy, tmp_path, order):
     schema = schema.model_copy(update={"features": (*schema.features, listed)})
     schema.save(copy)
     _, without = histories(copy, tmp_path, name="without")
-    config = HistoryConfig(earlier="before", earlier_order=order, per_scenario=2)
+    config = HistoryConfig(earlier="before", earlier_order=order, per_scenario=2, earlier_events=2)
     _, all_of_them = histories(copy, tmp_path, config)
     by_row = {each.row: each for each in all_of_them}
     # User 40 has no event of its own, and the reserved item 0 names nothing.
     assert 40 not in {each.row for each in without}
+    alone = HistoryConfig(earlier="before", earlier_order=order, per_scenario=0, earlier_events=1)
+    _, before_the_log = histories(copy, tmp_path, alone, name="alone")
+    assert {tuple(each.scenarios) for each in before_the_log} == {(3,)}
     newest = [1, 2] if order == "newest_first" else [3, 2]
     assert by_row[40].texts == [name_of(item) for item in newest]
     assert list(by_row[40].scenarios) == [3, 3]

@@ -60,7 +60,8 @@ def test_follows_its_formula(variant):
                 x = torch.relu(layer.leave(by_hand(layer.core, layer.enter(x), code)))
             last = model.user_level.layers[-1]
             x = last.leave(by_hand(last.core, last.enter(x), code))
-            rows.append(x + (start if model.user_level.shortcut is None else start @ model.user_level.shortcut))
+            start = start if model.user_level.shortcut is None else start @ model.user_level.shortcut
+            rows.append(known[-1] * x + start)
         e = torch.stack(rows)
     torch.testing.assert_close(found.after, e, atol=1e-5, rtol=1e-5)
     widths = [x.shape[1] for x in batch.groups.values()]
@@ -172,12 +173,13 @@ class TestUserLevel:
         users = [torch.arange(200) // rows for rows in (1, 100, 200)]
         assert [level._users(user, said(user)).form for user in users] == ["gathered", "grouped", "grouped"]
 
-    def test_who_is_unknown_is_not_who_is_average(self):
+    def test_who_is_unknown_is_left_to_the_backbone_and_is_not_who_is_average(self):
         batch = mixed(30)
         model = train(around("mlp", scenario_level=False), batch).eval()
         average = torch.zeros(30, KNOWN + 1)
         average[:, -1] = 1
         unknown = model(replace(batch, knowledge=torch.zeros(30, KNOWN + 1)))
+        torch.testing.assert_close(unknown, model.backbone(batch))
         assert not torch.isclose(model(replace(batch, knowledge=average)), unknown).any()
 
     def test_the_groups_stay_groups_and_lists_stay_lists(self):
@@ -257,9 +259,12 @@ class TestScenarioLevel:
         assert model.scenario_level.codes.vectors.square().mean().item() == pytest.approx(1)
 
 
+VECTORS = ("knowledge", "random", "shuffled", "trained")
+
+
 class TestVectors:
     def test_the_schema_says_which(self):
-        for vectors in ("knowledge", "random", "shuffled", "trained"):
+        for vectors in VECTORS:
             assert config("llm4msr", vectors=vectors).adapt(schema()).knowledge.vectors == vectors
         nested = config("llm4msr", backbone=config("single")).adapt(schema())
         assert all(table.per_scenario for table in nested.tables)
@@ -278,6 +283,11 @@ class TestVectors:
         assert drawn.vectors.square().mean().item() == pytest.approx(1)
         assert "vectors" not in dict(drawn.named_parameters())
         assert "vectors" in drawn.state_dict()
+
+    def test_all_else_starts_the_same_with_any_vectors(self):
+        first, *others = (dict(around("mlp", vectors=each).named_parameters()) for each in VECTORS)
+        for other in others:
+            assert all(torch.equal(first[name], value) for name, value in other.items() if name in first)
 
     def test_shuffled_users_leave_the_scenarios_in_place(self):
         known, shuffled = (around("mlp", vectors=vectors).scenario_level.codes for vectors in ("knowledge", "shuffled"))
@@ -301,7 +311,8 @@ class TestAsFeatures:
         batch = mixed(30)
         model = train(around("mlp", as_features=True), batch)
         assert not any(isinstance(module, MetaLinear) for module in model.modules())
-        codes = [model.user_code(batch.knowledge), model.scenario_codes()[batch.scenario]]
+        of_user = model.user_code(batch.knowledge) * batch.knowledge[:, -1:]
+        codes = [of_user, model.scenario_codes()[batch.scenario]]
         groups = {**batch.groups, "knowledge": torch.cat(codes, dim=1) / 8**0.5}
         torch.testing.assert_close(model(batch), model.backbone(replace(batch, groups=groups)))
         parts = model.parts(batch)
