@@ -48,6 +48,7 @@ from msr_dist.llm.history import (
 from msr_dist.llm.parquet import MANIFEST_FILE
 from msr_dist.llm.prompts import Prompt, PromptConfig, PromptError, Templates, scenario_prompts, user_prompt
 from msr_dist.llm.vectors import (
+    FAILED,
     USERS,
     Manifest,
     PreviousVectors,
@@ -558,6 +559,8 @@ def _set_aside(writer: StoreWriter) -> None:
     parts = sorted(users.glob("part-*.parquet"))
     if parts and not previous.exists() and _stamp(parts[0]) != writer.stamp:
         users.rename(previous)
+        # Reasons are found anew; left alone, each would stand for a shard that has lost its vectors.
+        shutil.rmtree(writer.folder / FAILED, ignore_errors=True)
     if previous.exists():
         (writer.folder / MANIFEST_FILE).unlink(missing_ok=True)
         found = PreviousVectors.build(previous, writer.width)
