@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from msr_dist.config import Config, dump, kind_config, load, merge, parse
 from msr_dist.data.parquet import ParquetSource
 from msr_dist.evaluate import metrics_file
+from msr_dist.files import digest_of
 from msr_dist.knowledge import KnowledgeConfig
 from msr_dist.llm.parquet import MANIFEST_FILE
 from msr_dist.llm.vectors import table_folder
@@ -435,7 +436,7 @@ class Grid:
 def execute(text: str) -> Outcome:
     """Train the run that `text` configures, here and now, and return what it was worth; its folder is deleted."""
     run = parse(RunConfig, tomllib.loads(text), where="the grid's run")
-    run.claim_folder()
+    run = run.claim_folder()
     begun = time.monotonic()
     try:
         train(run)
@@ -543,8 +544,7 @@ def _key(model: str, data_digest: str, settings: Mapping[str, Any]) -> str:
 @cache
 def _content(file: Path, _size: int, _changed: int) -> str:
     """Digest of a file's bytes, read once as long as its size and time stay."""
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return digest_of(file)
 
 
 def _digest(value: Any) -> str:

@@ -271,10 +271,11 @@ def _quality(grid: Grid, standing: Standing) -> str:
 
 def _comparison(grid: Grid, models: Mapping[str, Runs]) -> str:
     per_baseline = ("gain over {}", "p", "worst scenario against {}", "worse")
-    rows = [["model", *(head.format(name) for name in BASELINES for head in per_baseline), "chosen"]]
+    baselines = [name for name in BASELINES if name in grid.config.models]
+    rows = [["model", *(head.format(name) for name in baselines for head in per_baseline), "chosen"]]
     for model, runs in models.items():
         cells: list[str] = []
-        for name in BASELINES:
+        for name in baselines:
             gains = runs.gains(models[name], grid.judged) if name in models and name != model else []
             cells += [f"{mean(gains):+.4f}" if gains else "-", _p_value(gains)]
             cells += _seesaw(runs, models[name], _large_scenarios(models)) if gains else ["-", "-"]

@@ -147,7 +147,7 @@ def trial(drawn: Mapping[str, Any], base: str) -> None:
 
     logging.getLogger("msr_dist").setLevel(logging.WARNING)
     run = _trial_run(parse(RunConfig, tomllib.loads(base), where="trial"), drawn, tune.get_context().get_trial_id())
-    run.claim_folder()
+    run = run.claim_folder()
 
     def validated(epochs: int, report: Report) -> None:
         tune.report({"epochs": epochs, "auc": scenario_auc(report)})

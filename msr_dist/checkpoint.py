@@ -6,7 +6,6 @@ and a `state.json` with the position and the sizes of the other files. It is wri
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,12 +23,12 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from msr_dist.config import Config
 from msr_dist.distributed import World
+from msr_dist.files import PARTIAL, sync, whole
 
 log = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
 _NAME = re.compile(r"stage-(\d+)-step-(\d+)")
-_PARTIAL = ".partial"
 
 
 class CheckpointConfig(Config):
@@ -141,9 +140,9 @@ class Checkpoints:
     def save(self, tensors: Mapping[str, Tensor], state: TrainState) -> Path:
         """Write a checkpoint; all ranks together. It exists once this returns, or not at all."""
         target = self._folder / f"stage-{state.stage}-step-{state.step:09d}"
-        partial = target.with_name(target.name + _PARTIAL)
+        partial = target.with_name(target.name + PARTIAL)
         if self._world.rank == 0:
-            for left in self._folder.glob(f"*{_PARTIAL}"):
+            for left in self._folder.glob(f"*{PARTIAL}"):
                 shutil.rmtree(left)
             partial.mkdir(parents=True)
         dist.barrier()
@@ -193,13 +192,9 @@ def _one_line(error: BaseException) -> str:
 
 def _commit(partial: Path, target: Path, state: TrainState) -> None:
     sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-    with open(partial / STATE_FILE, "w") as file:
-        json.dump({"state": state.model_dump(), "files": sizes}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    with whole(partial / STATE_FILE) as file:
+        file.write(json.dumps({"state": state.model_dump(), "files": sizes}, indent=1).encode())
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    sync(target.parent)

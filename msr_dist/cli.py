@@ -42,7 +42,7 @@ def _launching(command: Any) -> Any:
         default=3,
         show_default=True,
         type=click.IntRange(0),
-        help="How often to start again after a worker is lost.",
+        help="How often to try again after a worker is lost; for extract, each shard.",
     )(command)
     command = click.option(
         "--workers", default=1, show_default=True, type=click.IntRange(1), help="Number of processes, one per GPU."
@@ -143,7 +143,7 @@ def train(
         click.echo(f"{dump(run)}\n{plan}")
         return
     if is_first():
-        run.claim_folder()
+        run = run.claim_folder()
     _everywhere(train_run, run, launcher, workers, restarts)
     if is_first():
         _show(run, run.evaluation.final, config)

@@ -9,7 +9,6 @@ OUT/
   and the store itself: see `msr_dist.llm.vectors`
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -31,7 +30,7 @@ from pydantic import Field, model_validator
 from rich.table import Table
 
 from msr_dist.config import Config, dump, load
-from msr_dist.files import write_whole
+from msr_dist.files import held, write_whole
 from msr_dist.launch import Launcher, LaunchError
 from msr_dist.llm.compress import CompressReport, Precision, compress
 from msr_dist.llm.encode import Encoder, EncoderConfig, import_model, token_counter
@@ -79,7 +78,7 @@ class CompressConfig(Config):
     """The form of the users' vectors that training reads."""
 
     width: int = Field(default=64, ge=1)
-    """How many principal components are kept."""
+    """How many principal components are kept; a run's `knowledge.width` has to be the same, a multiple of 4."""
     precision: Precision = "fp16"
     whiten: bool = True
     """Give every component the same variance."""
@@ -130,13 +129,8 @@ class ExtractConfig(Config):
         """
         self._expect_alike()
         self.out.mkdir(parents=True, exist_ok=True)
-        with open(self.out / LOCK_FILE, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{self.out} is being written by another process: wait for it, or choose another out="
-                ) from None
+        taken = f"{self.out} is being written by another process: wait for it, or choose another out="
+        with held(self.out / LOCK_FILE, taken):
             write_whole(self.out / CONFIG_FILE, dump(self))
             yield
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from msr_dist import noise
 from msr_dist.config import Config
-from msr_dist.llm.parquet import MANIFEST_FILE, digest_of
+from msr_dist.files import digest_of
+from msr_dist.llm.parquet import MANIFEST_FILE
 from msr_dist.llm.vectors import RowVectors, VectorStore, open_store, open_table, vocabulary_digest
 from msr_dist.schema import KNOWLEDGE_TABLE, FeatureSchema, Knowledge
 

@@ -8,7 +8,6 @@ RUNS/NAME/
   checkpoints/         stage-S-step-N
 """
 
-import fcntl
 import logging
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from msr_dist.checkpoint import CheckpointConfig
 from msr_dist.config import Config, component, dump, load
 from msr_dist.data.loader import LoaderConfig
 from msr_dist.distributed import World
-from msr_dist.files import write_whole
+from msr_dist.files import held, write_whole
 from msr_dist.knowledge import KnowledgeConfig, UserVectors
 from msr_dist.models.base import BackboneConfig
 from msr_dist.optim import DenseOptimizer, Schedule, SparseOptimizer
@@ -134,9 +133,10 @@ class RunConfig(Config):
         if unknown:
             raise ValueError(f"parallel.tables: no table {unknown[0]!r} in the data; it has {', '.join(known)}")
 
-    def claim_folder(self) -> None:
+    def claim_folder(self) -> Self:
         """Create the run's folder; ValueError where it holds a run that has had other losses.
 
+        Returns the run to train: what a language model says is in it by its digest, and may not change any more.
         A folder without a checkpoint has nothing to continue: another configuration moves it out of the way.
         """
         resolved = self
@@ -155,6 +155,7 @@ class RunConfig(Config):
                 self.folder.rename(self.folder.with_name(f"{self.name}.abandoned-{time.time_ns()}"))
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / CONFIG_FILE, dump(resolved))
+        return resolved
 
     @contextmanager
     def locked(self, world: World) -> Iterator[None]:
@@ -162,13 +163,8 @@ class RunConfig(Config):
         if world.rank:
             yield
             return
-        with open(self.folder / LOCK_FILE, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{self.folder} is being trained by another process: wait for it, or choose another name="
-                ) from None
+        taken = f"{self.folder} is being trained by another process: wait for it, or choose another name="
+        with held(self.folder / LOCK_FILE, taken):
             yield
 
     def build(self, schema: FeatureSchema, stage: StageConfig, world: World) -> Sharded:

@@ -208,7 +208,10 @@ class FeatureSchema(Config):
         """Read `schema.toml` of `folder`; ValueError where it is absent or wrong."""
         if not (folder / SCHEMA_FILE).is_file():
             raise ValueError(f"{folder}: no {SCHEMA_FILE} there; make the data with `msr-dist prepare`")
-        return load(cls, folder / SCHEMA_FILE)
+        found = load(cls, folder / SCHEMA_FILE)
+        if found.knowledge is not None:
+            raise ValueError(f"{folder / SCHEMA_FILE}: knowledge: belongs to a run, as its [knowledge]; remove it here")
+        return found
 
 
 def _unique(what: str, names: Iterable[str]) -> None:

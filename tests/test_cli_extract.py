@@ -115,6 +115,7 @@ def test_prompts_are_printed_and_nothing_is_written(tmp_path, toml, prepared, ca
         ("model.name=/nowhere", "model '/nowhere': no such file or folder"),
         ("model.name='package:nobody/x'", "the package 'nobody' is not installed"),
         ("users_per_shard=0", "users_per_shard: Input should be greater than or equal to 1 (got 0)"),
+        ("model.batch_tokens=0", "model.batch_tokens: Input should be greater than or equal to 1 (got 0)"),
         ("history.per_scenario=0", "per_scenario 0 leaves prompts empty: give earlier"),
         ("history.label=liked", "history.label: there is no label 'liked'; "),
         ("history.item_text=['titel']", "no column 'titel' in "),

@@ -34,6 +34,7 @@ def test_columns_are_all_that_is_read():
         ({"tables": [{"name": "users", "rows": 3, "width": 6}]}, "width"),
         ({"tables": [{"name": "users", "rows": 3}]}, "there is no table 'items'"),
         ({"scenario": "user"}, "user occurs twice"),
+        ({"knowledge": {"folder": "x", "width": 8, "scenarios": [[1.0]]}}, "knowledge: belongs to a run"),
     ],
 )
 def test_what_does_not_fit_together(tmp_path, changes, says):

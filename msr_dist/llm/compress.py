@@ -21,16 +21,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from msr_dist.files import PARTIAL, digest_of, sync
 from msr_dist.llm.parquet import (
     MANIFEST_FILE,
-    PARTIAL,
     check,
-    digest_of,
     pack,
     read_manifest,
     read_table,
     stored_file,
-    sync,
     unpack,
     write_json,
     write_table,

@@ -19,13 +19,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
+from pydantic import Field
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from msr_dist.config import Config
-from msr_dist.files import write_whole
+from msr_dist.files import digest_of, write_whole
 from msr_dist.llm.prompts import Prompt
 
 CODE_VERSION = 1
@@ -57,16 +58,16 @@ class EncoderConfig(Config):
     attention: Literal["auto", "sdpa", "eager", "grouped"] = "auto"
     """How attention is computed: torch's fused kernels, transformers' plain products, or ours for bf16 on CPUs; auto:
     the fastest that the model allows."""
-    max_tokens: int = 1024
+    max_tokens: int = Field(default=1024, ge=1)
     """Longest prompt, in tokens; a longer one is not encoded but listed with its reason."""
     layer: int = -1
     """Layer whose states are read, counted as in transformers' `hidden_states`: 0 the embeddings, -1 the last layer
     after the model's final norm."""
     pooling: Literal["mean_own", "mean_all", "last_prompt_token", "last_generated_token"] = "mean_own"
     """`mean_own`: mean over the tokens of the prompt's own part; `mean_all`: over all its tokens; else one token."""
-    new_tokens: int = 16
+    new_tokens: int = Field(default=16, ge=1)
     """Tokens that `last_generated_token` generates, greedily, whatever they are."""
-    batch_tokens: int | None = None
+    batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens of one forward pass, padding included; None: 768 on a CPU, 16,384 on a GPU, halved when memory runs
     out."""
     share_prefix: bool = True
@@ -101,8 +102,7 @@ def import_model(config: EncoderConfig, folder: Path) -> EncoderConfig:
     if source is None or source.suffix.lower() != ".gguf":
         keeps_name = source is None or config.name.startswith(PACKAGE)
         return config if keeps_name else config.model_copy(update={"name": str(source)})
-    with open(source, "rb") as file:
-        provenance = {"name": config.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    provenance = {"name": config.name, "sha256": digest_of(source)}
     if folder.exists():
         if not (folder / SOURCE_FILE).is_file():
             raise ValueError(f"{folder} is in the way: the model made from {config.name} goes there; move it away")

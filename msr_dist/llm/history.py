@@ -15,7 +15,6 @@ DuckDB does the work out of core: what does not fit into its memory is spilled b
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +31,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from msr_dist.config import Config, parse
-from msr_dist.files import write_whole
+from msr_dist.files import digest_of, whole
 from msr_dist.schema import UNSEEN, FeatureSchema
 
 log = logging.getLogger(__name__)
@@ -193,8 +192,8 @@ def _write(
         shards = users = 0
         for events in _by_users(rows.events(), users_per_shard):
             shard = rows.named(events)
-            pq.write_table(shard, shard_file(out, shards), compression="zstd")
-            _settle(shard_file(out, shards))
+            with whole(shard_file(out, shards)) as opened:
+                pq.write_table(shard, opened, compression="zstd")
             shards, users = shards + 1, users + shard.num_rows
         if not users:
             raise ValueError(f"{data}/train: no row is an event ({rows.condition}), so nobody has a history")
@@ -209,8 +208,8 @@ def _write(
             digest=digest,
         )
     shutil.rmtree(work)
-    write_whole(out / SUMMARY_FILE, histories.model_dump_json(indent=1) + "\n")
-    _settle(out / SUMMARY_FILE)
+    with whole(out / SUMMARY_FILE) as opened:
+        opened.write(f"{histories.model_dump_json(indent=1)}\n".encode())
     return histories
 
 
@@ -506,7 +505,7 @@ def _digest(data: Path, schema: FeatureSchema, config: HistoryConfig, users_per_
         files.append(data / "users.parquet")
     present = [file for file in files if file.is_file()]
     with ThreadPoolExecutor() as threads:
-        digests = threads.map(_digest_of, present)
+        digests = threads.map(digest_of, present)
     settings = {
         "format": FORMAT,
         "schema": schema.model_dump(mode="json", include={"user", "item", "time", "scenario", "labels", "scenarios"}),
@@ -517,11 +516,6 @@ def _digest(data: Path, schema: FeatureSchema, config: HistoryConfig, users_per_
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _digest_of(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _read_summary(out: Path) -> Histories | None:
     """What a complete folder says of itself; ValueError where `out` holds anything else."""
     file = out / SUMMARY_FILE
@@ -530,12 +524,6 @@ def _read_summary(out: Path) -> Histories | None:
             raise ValueError(f"{out}: something is there that is no folder of histories; give another place")
         return None
     return parse(Histories, json.loads(file.read_text()), where=str(file))
-
-
-def _settle(file: Path) -> None:
-    """Have the file on the disk, so that a folder that is renamed afterwards is whole even after a power cut."""
-    with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
 
 
 def _line(column: str) -> str:

@@ -1,13 +1,10 @@
 """Files of a store: parquet and JSON that are whole or absent, with checksums that every reader compares."""
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-from uuid import uuid4
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +13,10 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from msr_dist.config import Config, parse
+from msr_dist.files import digest_of, whole
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
-PARTIAL = ".partial"
-"""Ends the names of files and folders that are being written."""
 _GROUP_ROWS = 2048
 """Rows of a row group: what a reader holds at a time, 16 MiB at a width of 4,096."""
 
@@ -71,31 +67,6 @@ def write_json(file: Path, config: Config) -> None:
         opened.write((json.dumps(config.model_dump(mode="json"), indent=1) + "\n").encode())
 
 
-@contextmanager
-def whole(file: Path) -> Iterator[BinaryIO]:
-    """What is written becomes `file` when the block ends, on disk, and is thrown away where it fails."""
-    # A writer that was taken for dead may still be writing the same file: each has a name of its own.
-    partial = file.with_name(f"{file.name}.{uuid4().hex}{PARTIAL}")
-    try:
-        with open(partial, "wb") as opened:
-            yield opened
-            opened.flush()
-            os.fsync(opened.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync(file.parent)
-
-
-def sync(folder: Path) -> None:
-    """Bring the names within `folder` to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_manifest(file: Path, cls: type[F]) -> F:
     """Read a manifest; ValueError where it is damaged or of a format that this version does not know."""
     try:
@@ -106,12 +77,6 @@ def read_manifest(file: Path, cls: type[F]) -> F:
     if found != FORMAT:
         raise ValueError(f"{file}: has format {found!r}, this version of msr-dist reads {FORMAT}; make it again")
     return parse(cls, raw, where=str(file))
-
-
-def digest_of(file: Path) -> str:
-    """Sha256 of a file's bytes."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def unpack(column: pa.ChunkedArray) -> npt.NDArray[Any]:

@@ -31,6 +31,8 @@ from msr_dist.config import Config
 from msr_dist.llm.history import History, ScenarioStatistics
 from msr_dist.schema import FeatureSchema, Scenario
 
+EARLIER = "earlier, anywhere"
+"""Names, in place of a scenario, what a user chose before the log begins."""
 LAYOUT = 1
 """Counts up when the same template and values give another text."""
 
@@ -150,7 +152,7 @@ def user_prompt(
     shared = templates.user.shared(_shared_values([_described(scenario) for scenario in scenarios]))
 
     def name_of(scenario: int) -> str:
-        return _line(scenarios[scenario].name) if scenario < len(scenarios) else "earlier, anywhere"
+        return _line(scenarios[scenario].name) if scenario < len(scenarios) else EARLIER
 
     def text_with(most: int) -> str:
         lines = [f"{name_of(each)}: {'; '.join(texts[:most])}" for each, texts in chosen.items()]

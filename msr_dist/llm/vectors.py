@@ -29,21 +29,18 @@ import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
 from msr_dist.config import Config
+from msr_dist.files import PARTIAL, digest_of, sync, whole
 from msr_dist.llm.parquet import (
     MANIFEST_FILE,
-    PARTIAL,
     StoredFile,
     check,
-    digest_of,
     pack,
     read_manifest,
     read_table,
     reading,
     row_groups,
     stored_file,
-    sync,
     unpack,
-    whole,
     write_json,
     write_table,
 )

@@ -12,14 +12,12 @@ import pyarrow.parquet as pq
 from msr_dist.config import load
 from msr_dist.extract import CONFIG_FILE, HISTORIES, ExtractConfig
 from msr_dist.llm.history import History, read_histories
-from msr_dist.llm.prompts import Templates, user_prompt
+from msr_dist.llm.prompts import EARLIER, Templates, user_prompt
 from msr_dist.llm.vectors import RowVectors, VectorStore, prompt_digest
 from msr_dist.schema import FeatureSchema
 
 EXAMPLES = 3
 NEIGHBOURS = 3
-EARLIER = "earlier, anywhere"
-"""What is called so in prompts as well."""
 SHOWN = 6
 """Choices of a scenario that are shown, the newest."""
 SEARCHED = 20_000
