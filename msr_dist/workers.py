@@ -6,7 +6,8 @@
 
 `make` is called once in each worker's process, where a model is loaded, say; what it returns is called with one piece
 after another. A worker that dies is replaced, and its piece handed out again. Pieces are claimed in the order in which
-they are given; results come as they are done.
+they are given, by workers that have been made: one that a cluster has no room for holds nothing up; results come as
+they are done.
 
 Imports neither torch nor ray before it must: thread settings have to stand in the environment when torch is loaded.
 """
@@ -18,7 +19,7 @@ import signal
 import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -34,6 +35,8 @@ R = TypeVar("R")
 Device = Literal["auto", "cpu", "cuda"]
 
 _SPAWN = multiprocessing.get_context("spawn")
+_PATIENCE = 60.0
+"""Seconds until people are told that a worker has not started."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,15 @@ class Workers(Generic[P, R]):
         launcher: "local" processes of this machine, or actors on "ray".
         count: number of workers.
         device: "cpu" leaves GPUs alone, "cuda" wants one for each worker, "auto" takes them where there are any.
-        retries: how often a piece is handed out again after a worker has died of it, and how often in a row a worker
-            may die before it has been made.
+        retries: how often a piece is handed out again after a worker has died of it, and how often in a row another is
+            started for a worker that died before it had been made.
     """
 
     def __init__(
         self, make: Callable[[], Callable[[P], R]], launcher: Launcher, count: int, device: Device, retries: int = 3
     ) -> None:
         environment = set_threads(os.cpu_count() or 1)
-        self._retries, self._count = retries, count
+        self._retries = retries
         self._threads: Executor = ThreadPoolExecutor(count, thread_name_prefix="worker")
         self._open: Callable[[int], _Seat]
         if launcher == "ray":
@@ -78,7 +81,11 @@ class Workers(Generic[P, R]):
             visible = _visible_gpus(count, device)
             self._open = lambda place: _Process(make, visible[place] if visible else None)
         self._seats: dict[int, _Seat] = {}
-        self._unmade = 0
+        self._making: dict[Future[None], int] = {}
+        self._free: set[int] = set()
+        self._places = list(range(count))
+        self._unmade = Counter[int]()
+        self._any_made = self._told = False
 
     def __enter__(self) -> Self:
         return self
@@ -108,57 +115,84 @@ class Workers(Generic[P, R]):
         running: dict[Future[R], tuple[int, P]] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < self._count:
-                    piece = waiting.popleft()
-                    place = self._free_place({place for place, _ in running.values()})
+                self._hire(len(waiting) + len(running))
+                while waiting and self._free:
+                    place, piece = min(self._free), waiting.popleft()
+                    self._free.remove(place)
                     running[self._threads.submit(self._seats[place].call, piece)] = place, piece
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                for future in self._wait(running):
                     place, piece = running.pop(future)
                     try:
                         result = future.result()
                     except _WorkerLostError as lost:
                         self._seats.pop(place).close()
-                        deaths[piece] += self._blame(lost)
+                        deaths[piece] += 1
                         if deaths[piece] > allowed:
                             yield piece, Lost(lost.how)
                         else:
                             log.warning("a worker was lost at %s (%s); handing it out again", piece, lost.how)
                             waiting.appendleft(piece)
                     else:
-                        self._unmade = 0
+                        self._free.add(place)
                         yield piece, result
         finally:
             # Where the caller has had enough, or a piece was refused: nobody waits for the others' answers.
             for place, _ in running.values():
                 self._seats.pop(place).close()
 
-    def _free_place(self, taken: set[int]) -> int:
-        """The first place whose worker, there already or started now, is not busy."""
-        place = next(place for place in range(self._count) if place not in taken)
-        if place not in self._seats:
-            self._seats[place] = self._open(place)
-        return place
+    def _hire(self, wanted: int) -> None:
+        """Have workers started until there is one for each of `wanted` pieces, as far as there are places."""
+        for place in self._places:
+            if place not in self._seats and len(self._seats) < wanted:
+                self._seats[place] = self._open(place)
+                self._making[self._threads.submit(self._seats[place].prepare)] = place
 
-    def _blame(self, lost: "_WorkerLostError") -> int:
-        """1 where the piece may be at fault; 0 where its worker died before it had been made."""
-        if lost.made:
-            return 1
-        self._unmade += 1
-        if self._unmade > self._retries:
-            raise LaunchError(f"no worker could be started, in {self._unmade} tries: {lost.how}")
-        return 0
+    def _wait(self, running: Mapping[Future[R], object]) -> list[Future[R]]:
+        """Those of `running` that are done, none where instead a worker has been made, or could not be."""
+        patience = _PATIENCE if self._making and not self._told else None
+        awaited: list[Future[Any]] = [*running, *self._making]
+        done = wait(awaited, patience, FIRST_COMPLETED).done
+        if not done:
+            self._told = True
+            what = "the others do their work" if running else "waiting; look at what else holds the machine or cluster"
+            log.warning("%d workers have not started in %.0f s: %s", len(self._making), _PATIENCE, what)
+        for future in [future for future in self._making if future in done]:
+            self._settle(self._making.pop(future), future)
+        return [future for future in running if future in done]
+
+    def _settle(self, place: int, made: Future[None]) -> None:
+        """Count a worker as free, or as lost before it had been made; a place where that goes on is given up."""
+        try:
+            made.result()
+        except BaseException as error:
+            self._seats.pop(place).close()
+            if not isinstance(error, _WorkerLostError):
+                raise
+            self._unmade[place] += 1
+            if self._unmade[place] > self._retries:
+                log.warning("worker %d could not be started (%s); going on without it", place, error.how)
+                self._places.remove(place)
+            if not self._places or (not self._any_made and self._unmade.total() > self._retries):
+                raise LaunchError(f"no worker could be started, in {self._unmade.total()} tries: {error.how}") from None
+        else:
+            self._unmade[place] = 0
+            self._any_made = True
+            self._free.add(place)
 
 
 class _WorkerLostError(Exception):
     """A worker died, or raised something other than ValueError."""
 
-    def __init__(self, how: str, made: bool) -> None:
+    def __init__(self, how: str) -> None:
         super().__init__(how)
-        self.how, self.made = how, made
+        self.how = how
 
 
 class _Seat(Protocol):
     """A place for one worker."""
+
+    def prepare(self) -> None:
+        """Wait until the worker has been made; ValueError that this raised; _WorkerLostError."""
 
     def call(self, piece: Any) -> Any:
         """The worker's result; ValueError of the worker; _WorkerLostError."""
@@ -174,45 +208,44 @@ class _Answer:
     result: Any = None
     refusal: str | None = None
     failure: str | None = None
-    made: bool = True
 
     def open(self) -> Any:
         """The result, or the exception that stands for what happened."""
         if self.refusal is not None:
             raise ValueError(self.refusal)
         if self.failure is not None:
-            raise _WorkerLostError(self.failure, self.made)
+            raise _WorkerLostError(self.failure)
         return self.result
 
 
 class _Served:
-    """The worker, in the process where it lives; made with its first piece."""
+    """The worker, in the process where it lives."""
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
         self._make = make
         self._worker: Callable[[Any], Any] | None = None
 
     def prepare(self) -> _Answer:
-        """Make the worker; told apart from its pieces, which are not at fault when this fails."""
-        return self._answer(self._prepare, made=False)
+        """Make the worker."""
+        return self._answer(self._prepare)
 
     def call(self, piece: Any) -> _Answer:
         """The worker's answer to `piece`."""
         assert self._worker is not None
         worker = self._worker
-        return self._answer(lambda: worker(piece), made=True)
+        return self._answer(lambda: worker(piece))
 
     def _prepare(self) -> None:
         self._worker = self._make()
 
-    def _answer(self, function: Callable[[], Any], made: bool) -> _Answer:
+    def _answer(self, function: Callable[[], Any]) -> _Answer:
         try:
             return _Answer(result=function())
         except ValueError as error:
             return _Answer(refusal=str(error))
         except Exception as error:  # noqa: BLE001  whatever it is, the driver decides what becomes of the piece
             log.warning("a worker failed:\n%s", traceback.format_exc())
-            return _Answer(failure=f"{type(error).__name__}: {error}".strip().splitlines()[0], made=made)
+            return _Answer(failure=f"{type(error).__name__}: {error}".strip().splitlines()[0])
 
 
 class _Here:
@@ -220,12 +253,11 @@ class _Here:
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
         self._served = _Served(make)
-        self._prepared = False
+
+    def prepare(self) -> None:
+        self._served.prepare().open()
 
     def call(self, piece: Any) -> Any:
-        if not self._prepared:
-            self._served.prepare().open()
-            self._prepared = True
         return self._served.call(piece).open()
 
     def close(self) -> None:
@@ -252,12 +284,11 @@ class _Process:
         self._process = _SPAWN.Process(target=_serve, args=(make, theirs, gpu), daemon=True)
         self._process.start()
         theirs.close()
-        self._prepared = False
+
+    def prepare(self) -> None:
+        self._exchange(None)
 
     def call(self, piece: Any) -> Any:
-        if not self._prepared:
-            self._exchange(None)
-            self._prepared = True
         return self._exchange((piece,))
 
     def close(self) -> None:
@@ -272,7 +303,7 @@ class _Process:
             self._process.join()
             status = self._process.exitcode or 0
             how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-            raise _WorkerLostError(how, made=message is not None) from None
+            raise _WorkerLostError(how) from None
         return answer.open()
 
 
@@ -305,27 +336,26 @@ class _Actor:
         import ray
 
         self._actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Served).remote(make)
-        self._prepared = False
+
+    def prepare(self) -> None:
+        self._exchange(self._actor.prepare.remote())
 
     def call(self, piece: Any) -> Any:
-        if not self._prepared:
-            self._exchange(self._actor.prepare.remote(), made=False)
-            self._prepared = True
-        return self._exchange(self._actor.call.remote(piece), made=True)
+        return self._exchange(self._actor.call.remote(piece))
 
     def close(self) -> None:
         import ray
 
         ray.kill(self._actor)
 
-    def _exchange(self, reference: Any, made: bool) -> Any:
+    def _exchange(self, reference: Any) -> Any:
         import ray
         from ray.exceptions import RayError
 
         try:
             answer = ray.get(reference)
         except RayError as error:
-            raise _WorkerLostError(f"{type(error).__name__}: {error}".splitlines()[0], made) from None
+            raise _WorkerLostError(f"{type(error).__name__}: {error}".splitlines()[0]) from None
         return answer.open()
 
 

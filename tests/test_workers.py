@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -124,6 +125,52 @@ def test_a_worker_that_refuses_to_be_made(tmp_path, place):
         pytest.raises(ValueError, match=r"^model\.name: no such folder$"),
     ):
         list(workers.spread(range(3)))
+
+
+def test_a_worker_that_is_never_made_holds_nothing_up(tmp_path, elsewhere):
+    with Workers(working.MadeOnce(tmp_path), *elsewhere, device="cpu", retries=1) as workers:
+        assert dict(workers.spread(range(9))) == {piece: piece**2 for piece in range(9)}
+        # Long enough for the other one to be given up.
+        while len(list(tmp_path.glob("made-*"))) < 3:
+            assert dict(workers.spread([1, 2])) == {1: 1, 2: 4}
+    assert sorted(set(calls(tmp_path))) == list(range(9))
+
+
+@pytest.fixture
+def hog(request):
+    """Takes cores of the cluster's four; call it with how many, and what it returns with nothing to end it."""
+    request.getfixturevalue("ray_cluster")
+    import ray
+
+    actors = []
+
+    def begin(cores):
+        actor = ray.remote(num_cpus=cores)(working.Hog).remote()
+        ray.get(actor.here.remote())
+        actors.append(actor)
+        return lambda: ray.kill(actor)
+
+    yield begin
+    for actor in actors:
+        ray.kill(actor)
+
+
+def test_an_actor_that_the_cluster_has_no_room_for_holds_nothing_up(tmp_path, hog):
+    hog(cores=3)
+    with Workers(working.Squares(tmp_path), "ray", 2, device="cpu") as workers:
+        assert dict(workers.spread(range(50))) == {piece: piece**2 for piece in range(50)}
+    assert len(list(tmp_path.glob("made-*"))) == 1
+
+
+def test_a_full_cluster_is_told_and_waited_for(tmp_path, hog, caplog, monkeypatch):
+    monkeypatch.setattr("msr_dist.workers._PATIENCE", 0.2)
+    end = hog(cores=4)
+    with Workers(working.Squares(tmp_path), "ray", 2, device="cpu") as workers:
+        timer = threading.Timer(1, end)
+        timer.start()
+        assert dict(workers.spread(range(5))) == {piece: piece**2 for piece in range(5)}
+        timer.join()
+    assert caplog.text.count("2 workers have not started in 0 s: waiting; look at what else holds") == 1
 
 
 def test_a_caller_may_stop_early(tmp_path, elsewhere):

@@ -79,6 +79,26 @@ class NeverMade(Squares):
 
 
 @dataclass(frozen=True)
+class MadeOnce(Squares):
+    """The first that is made lives; every other dies before."""
+
+    def __call__(self) -> Callable[[int], int]:
+        answer = super().__call__()
+        try:
+            (self.folder / "first").touch(exist_ok=False)
+        except FileExistsError:
+            die()
+        return answer
+
+
+class Hog:
+    """An actor that takes room in a cluster."""
+
+    def here(self) -> None:
+        """Answers once it has it."""
+
+
+@dataclass(frozen=True)
 class RefusesToBeMade(Squares):
     def __call__(self) -> Callable[[int], int]:
         raise ValueError("model.name: no such folder")
