@@ -21,7 +21,8 @@ from msr_dist.launch import LaunchError, log_to_stderr, set_threads
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Actors: one per GPU, or core.")
 @click.option("--retries", default=3, show_default=True, type=click.IntRange(0), help="Per shard, after a lost worker.")
-def main(config: Path, settings: tuple[str, ...], workers: int, retries: int) -> None:
+@click.option("--retry-failed", is_flag=True, help="Try users again who failed for reasons of the machine.")
+def main(config: Path, settings: tuple[str, ...], workers: int, retries: int, retry_failed: bool) -> None:
     """Make the store of vectors that CONFIG (TOML) describes, or bring it up to date; see `msr-dist extract --help`.
 
     \b
@@ -39,7 +40,7 @@ def main(config: Path, settings: tuple[str, ...], workers: int, retries: int) ->
     from msr_dist.extract import ExtractConfig, extract
 
     try:
-        summary = extract(load(ExtractConfig, config, settings), "ray", workers, retries)
+        summary = extract(load(ExtractConfig, config, settings), "ray", workers, retries, retry_failed)
     except (ValueError, OSError, LaunchError) as error:
         for line in str(error).splitlines():
             click.echo(f"extract: {line}", err=True)

@@ -198,13 +198,19 @@ def report(run: Path, against: tuple[Path, ...]) -> None:
 @main.command()
 @click.argument("config", type=_FOLDER)
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--retry-failed", is_flag=True, help="Try users again who failed for want of memory, or whose worker died of them."
+)
 @_launching
-def extract(config: Path, settings: tuple[str, ...], launcher: Launcher, workers: int, restarts: int) -> None:
+def extract(
+    config: Path, settings: tuple[str, ...], retry_failed: bool, launcher: Launcher, workers: int, restarts: int
+) -> None:
     """Have a frozen language model read what each user engaged with, and keep a vector of every user and scenario.
 
     CONFIG (TOML) names prepared data, the model, and the folder OUT to write. The same command again goes on where it
     stopped; where the data have changed since, only users whose prompt is another one are encoded again. On a CPU every
-    worker has one core, and a model of its own in memory; with GPUs each has one.
+    worker has one core, and a model of its own in memory; with GPUs each has one. One local worker is the command's own
+    process: two or more survive a prompt that kills a worker, and name it.
 
     \b
     A configuration that is complete:
@@ -232,7 +238,7 @@ def extract(config: Path, settings: tuple[str, ...], launcher: Launcher, workers
     from msr_dist.extract import extract as extract_all
 
     chosen = load(ExtractConfig, config, settings)
-    summary = extract_all(chosen, launcher, workers, restarts)
+    summary = extract_all(chosen, launcher, workers, restarts, retry_failed)
     Console(width=None if Console().is_terminal else 120).print(summary.table())
     bin_folder = _bin_folder()
     click.echo(f"vectors  {chosen.out}")

@@ -12,6 +12,7 @@ OUT/
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import time
@@ -33,7 +34,7 @@ from msr_dist.config import Config, dump, load
 from msr_dist.files import held, write_whole
 from msr_dist.launch import Launcher, LaunchError
 from msr_dist.llm.compress import CompressReport, Precision, compress
-from msr_dist.llm.encode import Encoder, EncoderConfig, import_model, token_counter
+from msr_dist.llm.encode import NO_MEMORY, Encoder, EncoderConfig, import_model, token_counter
 from msr_dist.llm.history import (
     Histories,
     History,
@@ -360,7 +361,8 @@ class Summary:
         table.add_column(overflow="fold")
         table.add_row("users with a vector", f"{manifest.users:,}", style="bold")
         for reason, count in self.reasons.items():
-            table.add_row("default vector", f"{count:,} failed: {reason}", style="yellow")
+            hint = "; --retry-failed tries them again" if _of_the_machine(reason) else ""
+            table.add_row("default vector", f"{count:,} failed: {reason}{hint}", style="yellow")
         if self.without_history:
             table.add_row("default vector", f"{self.without_history:,} without events")
         table.add_section()
@@ -394,6 +396,7 @@ def extract(
     launcher: Launcher = "local",
     workers: int = 1,
     retries: int = 3,
+    retry_failed: bool = False,
     encoder: Callable[[EncoderConfig], Encoder] = Encoder,
 ) -> Summary:
     """Make the store that `config` describes, or what is left to do of it.
@@ -404,6 +407,8 @@ def extract(
         workers: how many models are loaded; on CPU each has one core, else a GPU.
         retries: how often a shard is handed out again after its worker was lost, before the user is looked for who
             brings this about.
+        retry_failed: make those finished shards again in which users failed for reasons of the machine: want of memory,
+            or a dead worker.
         encoder: makes the model in a worker's process.
 
     Raises:
@@ -436,7 +441,9 @@ def extract(
                 described.vectors,
             )
             begun = time.monotonic()
-            done = _encode(crew, writer, histories, place.users_per_shard, workers, described.peak)
+            users = [place.users_per_shard] * (histories.shards - 1)
+            users.append(histories.users - sum(users))
+            done = _encode(crew, writer, users, retry_failed, workers, described.peak)
             seconds = time.monotonic() - begun
         manifest = writer.finish(_provenance(config, described, schema, templates, histories), histories.shards)
         shutil.rmtree(place.out / PREVIOUS, ignore_errors=True)
@@ -572,14 +579,21 @@ def _stamp(part: Path) -> str | None:
 def _encode(
     crew: Workers[Piece, Result],
     writer: StoreWriter,
-    histories: Histories,
-    users_per_shard: int,
+    users: Sequence[int],
+    retry_failed: bool,
     workers: int,
     peak: float,
 ) -> Counts:
-    """Have every shard written that is not there; `peak` is one worker's."""
-    users = [min(users_per_shard, histories.users - number * users_per_shard) for number in range(histories.shards)]
-    left = [number for number, count in enumerate(users) if not writer.shard_done(number, count)]
+    """Have every shard written that is not there; `users` are those of each shard, `peak` is one worker's."""
+
+    def done(number: int) -> bool:
+        return writer.shard_done(number, users[number]) and not (
+            retry_failed and any(map(_of_the_machine, writer.reasons(number)))
+        )
+
+    left = [number for number in range(len(users)) if not done(number)]
+    if left:
+        (writer.folder / MANIFEST_FILE).unlink(missing_ok=True)
     finished = sum(users) - sum(users[number] for number in left)
     log.info("%d of %d shards are left, with %d users", len(left), len(users), sum(users) - finished)
     if not finished and 0 < len(left) < workers:
@@ -673,7 +687,13 @@ def _provenance(
         data=str(config.data),
         table=table,
         vocabulary=vocabulary_digest(config.data, table),
+        notes=histories.notes,
     )
+
+
+def _of_the_machine(reason: str) -> bool:
+    """Whether a prompt that failed so may well be encoded elsewhere."""
+    return reason == KILLED or reason.endswith(NO_MEMORY)
 
 
 def _reasons(store: VectorStore) -> dict[str, int]:
@@ -688,9 +708,20 @@ def _reasons(store: VectorStore) -> dict[str, int]:
 
 def _decisive(config: ExtractConfig) -> dict[str, Any]:
     """What decides all vectors, by dotted key; not what a store is brought up to date with."""
+    templates = {"scenario_template", "user_template"}
     whole = config.model_dump(
-        mode="json", exclude={"out": True, "compress": True, "history": {"before", "memory_limit"}}
+        mode="json",
+        # Of templates the digest counts, wherever they lie.
+        exclude={
+            "data": True,
+            "out": True,
+            "compress": True,
+            "history": {"before", "memory_limit"},
+            "prompts": templates,
+        },
     )
+    # Both may have moved together, to another machine say.
+    whole["data, from out,"] = os.path.relpath(config.data, config.out)
     for key in ("device", "batch_tokens"):
         del whole["model"][key]
     flat: dict[str, Any] = {}

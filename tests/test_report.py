@@ -67,7 +67,8 @@ def store(tmp_path_factory, data):
         data=data,
         out=folder / "store",
         model=EncoderConfig(name=str(tinymodel.llama(folder / "model")), dtype="fp32", device="cpu", max_tokens=2000),
-        history=HistoryConfig(per_scenario=5),
+        # Later than the first held-out rows, which is worth a note.
+        history=HistoryConfig(per_scenario=5, before=2_000_000_000),
         prompts=PromptConfig(user_tokens=1100),
         users_per_shard=16,
         compress=CompressConfig(width=4),
@@ -222,6 +223,12 @@ def test_what_is_missing_is_named_with_a_command_that_makes_it(runs, store, page
     told = Page(write(alone)[0]).section("gains")
     assert "over the backbone star" in told
     assert "backbone.toml" not in told
+
+
+def test_what_the_extraction_noted_is_shown(store, page):
+    notes = open_store(store).manifest.notes
+    assert any(note.startswith("the test split begins at ") for note in notes)
+    assert f"Of the prompts, the extraction noted: {' '.join(notes)}" in page.section("method")
 
 
 def test_prompts_and_neighbours_are_those_of_the_store(store, page):

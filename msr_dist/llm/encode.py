@@ -29,6 +29,8 @@ from msr_dist.config import Config
 from msr_dist.files import digest_of, write_whole
 from msr_dist.llm.prompts import Prompt
 
+NO_MEMORY = "tokens are more than memory holds"
+"""Ends the reason of a prompt that another machine may well encode."""
 CODE_VERSION = 1
 """Part of every fingerprint; to be raised when a change of this file changes vectors beyond rounding."""
 
@@ -509,7 +511,7 @@ class Encoder:
                 yield from self._bisected(batch, reasons)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
-                    reasons[batch[0].row] = f"{batch[0].length} tokens are more than memory holds"
+                    reasons[batch[0].row] = f"{batch[0].length} {NO_MEMORY}"
                     place += 1
                 else:
                     self._budget = len(batch) * batch[0].length // 2

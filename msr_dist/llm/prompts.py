@@ -18,7 +18,7 @@ templates' wording is ours: what LLM4MSR's prompts ask is known, their words are
 import hashlib
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -45,7 +45,8 @@ class PromptConfig(Config):
     user_template: Path | None = None
     """A file to use in place of the package's own templates/user.txt."""
     user_tokens: int = Field(default=512, ge=1)
-    """The longest user prompt, in tokens of the model: of every scenario, the oldest events are left out beyond it."""
+    """The longest user prompt, in tokens of the model. What is beyond is left out: of every scenario the oldest events,
+    and where one event of each is too much, the scenarios with the fewest."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,12 @@ def user_prompt(
 ) -> Prompt:
     """What the user engaged with, scenario by scenario, in at most `config.user_tokens` tokens as `count` gives them.
 
-    Of every scenario the same number of newest events stands there: as many as fit. The scenarios' statistics do not,
-    so that new rows change the prompts of their users alone.
+    Of every scenario the same number of newest events stands there: as many as fit. Where one of each does not, it is
+    one of as many scenarios as fit, those with the most events first. The scenarios' statistics do not stand there, so
+    that new rows change the prompts of their users alone.
 
     Raises:
-        PromptError: there are no events, or not even one of each scenario fits.
+        PromptError: there are no events, or not even one fits.
     """
     if not history.texts:
         raise PromptError("no events before the cut-off")
@@ -154,21 +156,27 @@ def user_prompt(
     def name_of(scenario: int) -> str:
         return _line(scenarios[scenario].name) if scenario < len(scenarios) else EARLIER
 
-    def text_with(most: int) -> str:
-        lines = [f"{name_of(each)}: {'; '.join(texts[:most])}" for each, texts in chosen.items()]
+    def text_with(most: int, kept: Collection[int]) -> str:
+        lines = [f"{name_of(each)}: {'; '.join(texts[:most])}" for each, texts in chosen.items() if each in kept]
         return shared + "\n".join([history.about, *lines] if history.about else lines)
 
+    def tokens_with(most: int, kept: Collection[int]) -> int:
+        return count(text_with(most, kept))
+
     longest = max(map(len, chosen.values()))
-    text = text_with(longest)
-    if count(text) <= config.user_tokens:
-        return Prompt(text, len(shared))
-    fitting = bisect_right(range(1, longest), config.user_tokens, key=lambda most: count(text_with(most)))
-    if not fitting:
-        least = count(text_with(1))
-        raise PromptError(
-            f"{least} tokens with one event of each scenario, but prompts.user_tokens is {config.user_tokens}"
-        )
-    return Prompt(text_with(fitting), len(shared))
+    if tokens_with(longest, chosen) <= config.user_tokens:
+        return Prompt(text_with(longest, chosen), len(shared))
+    events = bisect_right(range(1, longest), config.user_tokens, key=lambda most: tokens_with(most, chosen))
+    if events:
+        return Prompt(text_with(events, chosen), len(shared))
+    ranked = sorted(chosen, key=lambda each: -len(chosen[each]))
+    scenarios_kept = bisect_right(
+        range(1, len(ranked)), config.user_tokens, key=lambda most: tokens_with(1, ranked[:most])
+    )
+    if scenarios_kept:
+        return Prompt(text_with(1, ranked[:scenarios_kept]), len(shared))
+    least = tokens_with(1, ranked[:1])
+    raise PromptError(f"{least} tokens with one event alone, but prompts.user_tokens is {config.user_tokens}")
 
 
 def _shared_values(lines: Sequence[str]) -> dict[str, str]:

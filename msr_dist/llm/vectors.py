@@ -79,6 +79,8 @@ class Provenance(Config):
     """The users' embedding table."""
     vocabulary: str
     """`vocabulary_digest` of that table."""
+    notes: tuple[str, ...] = ()
+    """What a reader of results should know of the histories: what has no text, what is newer than held-out rows."""
 
     @field_validator("model")
     @classmethod
@@ -215,6 +217,11 @@ class StoreWriter:
         if found != users:
             log.warning("%s: accounts for %d users, the shard has %d; it is made again", files[0], found, users)
         return found == users
+
+    def reasons(self, number: int) -> list[str]:
+        """Why users of a finished shard have no vector."""
+        file = self._part(FAILED, number)
+        return [reason for batch in self._batches(file, number) for reason in batch["reason"].to_pylist()]
 
     def write_scenarios(self, names: Sequence[str], prompts: Sequence[str], vectors: Floats) -> None:
         """Write scenarios.parquet, scenario 0 first; ValueError where a vector is not finite in fp16."""

@@ -228,6 +228,7 @@ def _knowledge(comparison: Comparison) -> dict[str, Any]:
             "name": manifest.model["name"],
             "pooling": manifest.pooling,
             "cutoff": _date(manifest.cutoff),
+            "notes": manifest.notes,
         },
         "strength": _strength(comparison, reading) if reading.acts else None,
         "similarity": _similarity(comparison, reading, store),

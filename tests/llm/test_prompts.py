@@ -112,16 +112,16 @@ def test_no_prompt_without_events():
         prompt(history(about="age: 18-24"))
 
 
-def test_no_prompt_where_not_one_event_of_each_scenario_fits():
-    events = history((0, "a b c"), (0, "d"), (1, "e"))
-    least = words(prompt(history((0, "a b c"), (1, "e"))).text)
-    assert prompt(events, PromptConfig(user_tokens=least)).text.endswith("home: a b c\nsearch: e")
-    reason = f"^{least} tokens with one event of each scenario, but prompts.user_tokens is {least - 1}$"
+def test_scenarios_with_the_most_events_stay_where_one_event_of_each_does_not_fit():
+    events = history((0, "a b c"), (1, "e"), (1, "f"), (2, "g"))
+    least = words(prompt(history((0, "a b c"), (1, "e"), (2, "g"))).text)
+    assert prompt(events, PromptConfig(user_tokens=least)).text.endswith("home: a b c\nsearch: e\ntonight: g")
+    # Of scenarios with the same number of events, the first.
+    assert prompt(events, PromptConfig(user_tokens=least - 1)).text.endswith("\nhome: a b c\nsearch: e")
+    assert prompt(events, PromptConfig(user_tokens=least - 3)).text.endswith("\n\nsearch: e")
+    reason = f"^{least - 6} tokens with one event alone, but prompts.user_tokens is {least - 7}$"
     with pytest.raises(PromptError, match=reason):
-        prompt(events, PromptConfig(user_tokens=least - 1))
-    one = history((0, "a b c"))
-    with pytest.raises(PromptError, match="tokens with one event of each scenario"):
-        prompt(one, PromptConfig(user_tokens=5))
+        prompt(events, PromptConfig(user_tokens=least - 7))
 
 
 @pytest.mark.parametrize(
