@@ -27,6 +27,7 @@ from msr_dist.config import Config, dump, load, merge, parse  # noqa: E402
 from msr_dist.files import write_whole  # noqa: E402
 from msr_dist.launch import log_to_stderr  # noqa: E402
 from msr_dist.metrics import Report  # noqa: E402
+from msr_dist.recall import RetrievalReport  # noqa: E402
 from msr_dist.run import RunConfig  # noqa: E402
 from msr_dist.train import check, train  # noqa: E402
 
@@ -106,9 +107,9 @@ def main(
 ) -> None:
     """Search hyper-parameters for the run that CONFIG (TOML) describes, by its valid split; the test split is not read.
 
-    After every epoch a trial reports its AUC (per scenario, averaged by rows). Of the trials that have come as far, the
-    best third goes on, the others are stopped. At the end the best settings stand in RUNS/NAME-tuned.toml, ready for
-    `msr-dist train`. The same command again continues a search that was broken off.
+    After every epoch a trial reports its AUC (per scenario, averaged by rows), or recall where it retrieves. Of the
+    trials that have come as far, the best third goes on, the others are stopped. At the end the best settings stand in
+    RUNS/NAME-tuned.toml, ready for `msr-dist train`. The same command again continues a search that was broken off.
 
     \b
     By default the learning rates of stage 0 are searched, and dropout where the model has it. A file says otherwise:
@@ -149,11 +150,21 @@ def trial(drawn: Mapping[str, Any], base: str) -> None:
     run = _trial_run(parse(RunConfig, tomllib.loads(base), where="trial"), drawn, tune.get_context().get_trial_id())
     run = run.claim_folder()
 
-    def validated(epochs: int, report: Report) -> None:
-        tune.report({"epochs": epochs, "auc": scenario_auc(report)})
+    def validated(epochs: int, report: Report | RetrievalReport) -> None:
+        worth = scenario_auc(report) if isinstance(report, Report) else report.mean[_recall(run)]
+        tune.report({"epochs": epochs, "worth": worth})
 
     train(run, validated)
     shutil.rmtree(run.folder, ignore_errors=True)
+
+
+def _recall(run: RunConfig) -> str:
+    return f"recall_at_{max(run.evaluation.top_k)}"
+
+
+def _metric(run: RunConfig) -> str:
+    """What trials are judged by, for people."""
+    return f"mean recall@{max(run.evaluation.top_k)}" if run.retrieves else "scenario AUC"
 
 
 def scenario_auc(report: Report) -> float:
@@ -221,14 +232,16 @@ def _search(
             trainable,
             param_space=domains,
             tune_config=tune.TuneConfig(
-                metric="auc",
+                metric="worth",
                 mode="max",
                 num_samples=trials,
                 max_concurrent_trials=workers,
                 search_alg=BasicVariantGenerator(random_state=seed),
                 scheduler=ASHAScheduler(time_attr="epochs", max_t=epochs, grace_period=1, reduction_factor=3),
             ),
-            run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0, callbacks=[_lines(trials)]),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(folder), verbose=0, callbacks=[_lines(trials, _metric(base))]
+            ),
         )
     results = list(tuner.fit())
     # Ray ends a search that is interrupted as if it were over.
@@ -246,7 +259,7 @@ def _require_gpus(gpus: float, nodes: list[float]) -> None:
         raise ValueError(f"--gpus {gpus:g}: above 1 only whole numbers")
 
 
-def _lines(count: int) -> Any:
+def _lines(count: int, metric: str) -> Any:
     """Tells of every trial that has ended; Ray's own tables would bury it."""
     from ray import tune
 
@@ -254,7 +267,7 @@ def _lines(count: int) -> Any:
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ARG002
             ended = {each.trial_id for each in trials if each.is_finished()} | {trial.trial_id}
             last = trial.last_result or {}
-            told = f"AUC {last.get('auc', 0.0):.4f} after {last.get('epochs', 0)} epochs"
+            told = f"{metric} {last.get('worth', 0.0):.4f} after {last.get('epochs', 0)} epochs"
             drawn = ", ".join(f"{key} {_number(value)}" for key, value in trial.config.items())
             click.echo(f"trial {len(ended)}/{count}: {told}, {drawn}", err=True)
 
@@ -267,24 +280,24 @@ def _show(base: RunConfig, results: list[Any], keys: list[str]) -> bool:
     from rich.table import Table
 
     # A trial that was stopped early has never shown what it comes to.
-    ranked = sorted(results, key=lambda r: [-(r.metrics or {}).get(name, 0) for name in ("epochs", "auc")])
+    ranked = sorted(results, key=lambda r: [-(r.metrics or {}).get(name, 0) for name in ("epochs", "worth")])
     table = Table(title=f"{base.name}: valid split")
-    for head in ("scenario AUC", "epochs", *keys, ""):
+    for head in (_metric(base), "epochs", *keys, ""):
         table.add_column(head)
     for result in ranked:
         metrics = result.metrics or {}
         drawn = [_number(result.config[key]) for key in keys]
         reason = "" if result.error is None else f"failed: {str(result.error).strip().splitlines()[-1]}"
-        table.add_row(f"{metrics.get('auc', 0.0):.4f}", str(metrics.get("epochs", 0)), *drawn, reason)
+        table.add_row(f"{metrics.get('worth', 0.0):.4f}", str(metrics.get("epochs", 0)), *drawn, reason)
     Console(width=None if Console().is_terminal else 120).print(table)
     best = ranked[0]
-    if "auc" not in (best.metrics or {}):
+    if "worth" not in (best.metrics or {}):
         return False
     tuned = base.runs / f"{base.name}-tuned.toml"
     merged = _merged(base, {key: best.config[key] for key in keys} | {"name": f"{base.name}-tuned"})
     write_whole(tuned, dump(parse(RunConfig, merged, where="best trial")))
     curves = _folder(base) / "curves.svg"
-    _plot({_label(result, keys): _curve(result) for result in ranked}, curves)
+    _plot({_label(result, keys): _curve(result) for result in ranked}, _metric(base), curves)
     click.echo(f"curves   {curves}")
     click.echo(f"best     {tuned}")
     click.echo(f"next     msr-dist train {tuned}")
@@ -292,10 +305,10 @@ def _show(base: RunConfig, results: list[Any], keys: list[str]) -> bool:
 
 
 def _curve(result: Any) -> Curve:
-    """Epochs and AUC, as the trial reported them."""
+    """Epochs and worth, as the trial reported them."""
     file = Path(result.path) / "result.json"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [(line["epochs"], line["auc"]) for line in lines if "auc" in line]
+    return [(line["epochs"], line["worth"]) for line in lines if "worth" in line]
 
 
 def _label(result: Any, keys: list[str]) -> str:
@@ -306,17 +319,17 @@ def _number(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _plot(curves: Mapping[str, Curve], file: Path) -> None:
-    """Every trial's AUC over epochs; the best ones have a name."""
+def _plot(curves: Mapping[str, Curve], metric: str, file: Path) -> None:
+    """Every trial's worth over epochs; the best ones have a name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for rank, (label, curve) in enumerate(curves.items()):
         named = {"label": label, "color": f"C{rank}"} if rank < 5 else {"color": "silver", "zorder": 0}
-        axes.plot([epochs for epochs, _ in curve], [auc for _, auc in curve], "o-", markersize=3, **named)
+        axes.plot([epochs for epochs, _ in curve], [worth for _, worth in curve], "o-", markersize=3, **named)
     axes.set_xlabel("epochs")
-    axes.set_ylabel("scenario AUC, valid split")
+    axes.set_ylabel(f"{metric}, valid split")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     figure.savefig(file)

@@ -82,6 +82,7 @@ def prepare(kind: str, out: Path, settings: tuple[str, ...], config: Path | None
     \b
     KIND is the source:
       synthetic  planted data whose best possible AUC is known
+      tastes     planted choices in scenarios with items of their own, for two towers; the best recall is known
       movielens  MovieLens-1M, the publisher's zip or folder; three age groups as scenarios
       kuairand   KuaiRand (Pure, 1K, 27K), the publisher's folder; tabs of the app as scenarios
       mind       MIND news, the publisher's train and dev folders; news categories as scenarios
@@ -120,11 +121,15 @@ def train(
 ) -> None:
     """Train the run that CONFIG (TOML) describes, or go on with it where it stopped, and evaluate it per scenario.
 
+    Models predict labels (star, mmoe, ...), or find items: sass and two_tower, whose stages have the objectives
+    contrastive (pre-training) and retrieval.
+
     \b
     Examples:
       msr-dist train jobs/configs/quickstart.toml
       msr-dist train jobs/configs/quickstart.toml name=star model.kind=star --launcher ray --workers 2
       msr-dist train jobs/configs/quickstart.toml --workers 4 --dry-run
+      msr-dist train jobs/configs/sass-tastes.toml --workers 2
       torchrun --nproc-per-node 2 -m msr_dist train jobs/configs/quickstart.toml
     """
     workers = _own_workers(launcher, workers)
@@ -171,6 +176,70 @@ def evaluate(run: Path, split: str, launcher: Launcher, workers: int, restarts: 
     _everywhere(partial(evaluate_run, split=split), chosen, launcher, workers, restarts)
     if is_first():
         _show(chosen, split)
+
+
+@main.command("export-index")
+@click.argument("run", type=_FOLDER)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@_launching
+def export_index(run: Path, settings: tuple[str, ...], launcher: Launcher, workers: int, restarts: int) -> None:
+    """Write RUN/index: the vectors of every scenario's items, and a graph of them for approximate search.
+
+    RUN is the folder of a finished run of two towers. The share of the exact nearest items that the graph finds is
+    printed per scenario; neighbours, build_width and search_width trade it for time and memory.
+
+    \b
+    Examples:
+      msr-dist export-index runs/sass
+      msr-dist export-index runs/sass neighbours=48 search_width=256 --workers 2
+    """
+    workers = _own_workers(launcher, workers)
+    set_threads(workers)
+    from rich.console import Console
+
+    from msr_dist.config import merge, parse
+    from msr_dist.distributed import is_first
+    from msr_dist.index import FOLDER, IndexConfig, read_manifest
+    from msr_dist.index import export_index as export
+    from msr_dist.run import read_run
+
+    chosen = read_run(run)
+    wanted = parse(IndexConfig, merge({}, settings), where="export-index")
+    _everywhere(partial(export, settings=wanted), chosen, launcher, workers, restarts)
+    if is_first():
+        table = read_manifest(chosen).table(f"{chosen.name}: items by scenario")
+        Console(width=None if Console().is_terminal else 120).print(table)
+        click.echo(f"index    {_near(chosen.folder / FOLDER)}")
+        scenario = chosen.read_schema().scenarios[0].name
+        click.echo(f"next     {_bin_folder()}msr-dist retrieve {_near(chosen.folder)} --user ID --scenario {scenario}")
+
+
+@main.command()
+@click.argument("run", type=_FOLDER)
+@click.option("--user", required=True, help="A user's id as in the raw data.")
+@click.option("--scenario", required=True, help="A scenario's name.")
+@click.option("-k", default=20, show_default=True, type=click.IntRange(1), help="How many items.")
+def retrieve(run: Path, user: str, scenario: str, k: int) -> None:
+    """Print the items of a scenario that are nearest to a user, from RUN/index, without those chosen before.
+
+    \b
+    Examples:
+      msr-dist retrieve runs/sass --user 1024 --scenario search
+      msr-dist retrieve runs/sass --user 1024 --scenario home -k 5
+    """
+    set_threads(1)
+    from rich.console import Console
+    from rich.table import Table
+
+    from msr_dist.index import retrieve as find
+    from msr_dist.run import read_run
+
+    table = Table(title=f"user {user}, {scenario}")
+    for heading in ("", "item", "about", "cosine"):
+        table.add_column(heading, overflow="fold")
+    for found in find(read_run(run), user, scenario, k):
+        table.add_row(str(found.place), str(found.id), found.about, f"{found.score:.4f}")
+    Console(width=None if Console().is_terminal else 120).print(table)
 
 
 @main.command()
@@ -335,29 +404,23 @@ def _everywhere(
 
 def _show(run: "RunConfig", split: str, config: Path | None = None) -> None:
     """The table of a split, and what to do with the run."""
-    import json
-
     from rich.console import Console
 
-    from msr_dist.evaluate import metrics_file
-    from msr_dist.metrics import Report
+    from msr_dist.evaluate import metrics_file, report_table
 
-    file = metrics_file(run.folder, split)
-    planted = run.data / "oracle.json"
-    oracle = json.loads(planted.read_text()) if planted.exists() and split == "test" else None
-    report = Report.from_json(json.loads(file.read_text()))
-    Console(width=None if Console().is_terminal else 120).print(
-        report.table(oracle, title=f"{run.name}: {split} split")
-    )
+    Console(width=None if Console().is_terminal else 120).print(report_table(run, split))
     bin_folder = _bin_folder()
     click.echo(f"run      {_near(run.folder)}")
-    click.echo(f"metrics  {_near(file)}")
+    click.echo(f"metrics  {_near(metrics_file(run.folder, split))}")
     if run.tracking.enabled:
         click.echo(f"MLflow   {bin_folder}{run.tracking.how_to_open(run.runs)}")
     if config is not None:
         other = "mmoe" if run.model.kind == "star" else "star"
         click.echo(f"next     {bin_folder}msr-dist evaluate {_near(run.folder)} --split valid")
-        click.echo(f"         {bin_folder}msr-dist train {config} name={other} model.kind={other}")
+        if run.retrieves:
+            click.echo(f"         {bin_folder}msr-dist export-index {_near(run.folder)}")
+        else:
+            click.echo(f"         {bin_folder}msr-dist train {config} name={other} model.kind={other}")
 
 
 def _near(path: Path) -> Path:

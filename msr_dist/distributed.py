@@ -44,6 +44,16 @@ class World:
         dist.all_reduce(values)
         return values
 
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all ranks, one rank's after the other's: CPU tensors `[N, ...]`, N of each rank's own."""
+        counts = [torch.zeros((), dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(counts, torch.tensor(len(rows)))
+        longest = int(max(counts))
+        padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
 
 @contextmanager
 def open_world() -> Iterator[World]:

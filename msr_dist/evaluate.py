@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import torch
+from rich.table import Table
 from torch import nn
 
 from msr_dist.checkpoint import Checkpoints
@@ -16,6 +17,8 @@ from msr_dist.files import write_whole
 from msr_dist.metrics import Report, ScenarioMetrics
 from msr_dist.parallel import Sharded
 from msr_dist.progress import Progress
+from msr_dist.recall import RetrievalReport
+from msr_dist.retrieval import evaluate_retrieval
 from msr_dist.run import CHECKPOINTS, METRICS_FILE, RunConfig, say_untaught
 from msr_dist.schema import FeatureSchema
 
@@ -31,7 +34,7 @@ def evaluate(run: RunConfig, split: str) -> None:
     with open_world() as world:
         schema = run.read_schema()
         say_untaught(schema, world)
-        report = evaluate_split(run, schema, trained(run, schema, world).model, split, world)
+        report = judge(run, schema, trained(run, schema, world).model, split, world)
         if report is not None:
             write_report(report, metrics_file(run.folder, split))
 
@@ -45,9 +48,18 @@ def trained(run: RunConfig, schema: FeatureSchema, world: World) -> Sharded:
     found = Checkpoints(run.folder / CHECKPOINTS, run.checkpoint, world).newest()
     if found is None:
         raise ValueError(f"{run.folder}: no checkpoint there; train the run first")
-    sharded = run.build(schema, run.stages[min(found.state.stage, len(run.stages) - 1)], world)
+    sharded = run.build(schema, min(found.state.stage, len(run.stages) - 1), world)
     found.restore({name: tensor for name, tensor in sharded.tensors().items() if name.startswith("model/")})
     return sharded
+
+
+def judge(
+    run: RunConfig, schema: FeatureSchema, model: nn.Module, split: str, world: World
+) -> Report | RetrievalReport | None:
+    """What the model is worth on `split`, by what it is for; on rank 0 alone, all ranks together."""
+    if run.retrieves:
+        return evaluate_retrieval(run, schema, model, split, world)
+    return evaluate_split(run, schema, model, split, world)
 
 
 def evaluate_split(run: RunConfig, schema: FeatureSchema, model: nn.Module, split: str, world: World) -> Report | None:
@@ -89,6 +101,14 @@ def metrics_file(folder: Path, split: str) -> Path:
     return folder / (METRICS_FILE if split == "test" else f"metrics-{split}.json")
 
 
-def write_report(report: Report, file: Path) -> None:
+def report_table(run: RunConfig, split: str) -> Table:
+    """The metrics of a split for people, beside the best possible ones where the data were planted."""
+    planted = run.data / "oracle.json"
+    oracle = json.loads(planted.read_text()) if planted.exists() and split == "test" else None
+    raw, title = json.loads(metrics_file(run.folder, split).read_text()), f"{run.name}: {split} split"
+    return (RetrievalReport if run.retrieves else Report).from_json(raw).table(oracle, title)
+
+
+def write_report(report: Report | RetrievalReport, file: Path) -> None:
     """Write `report` as JSON."""
     write_whole(file, json.dumps(report.to_json(), indent=1) + "\n")

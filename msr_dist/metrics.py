@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from msr_dist.schema import UNSEEN, FeatureSchema
@@ -105,11 +106,12 @@ class Report:
         best_scenarios: Mapping[str, Any] = (oracle or {}).get("scenarios", {})
         for name, block in self.scenarios.items():
             for label, metrics in block.items():
-                heads = (name, label) if several else (name,)
+                # As text: brackets in a name are no markup.
+                heads = (Text(name), label) if several else (Text(name),)
                 table.add_row(*heads, *_cells(metrics, _best(oracle, best_scenarios.get(name), label)))
         table.add_section()
         for label, metrics in self.overall.items():
-            heads = ("overall", label) if several else ("overall",)
+            heads = (Text("overall"), label) if several else (Text("overall"),)
             best_here = _best(oracle, (oracle or {}).get("overall"), label)
             table.add_row(*heads, *_cells(metrics, best_here), style="bold")
         return table

@@ -84,14 +84,21 @@ class Sharded:
     model: DistributedModelParallel
     optimizer: CombinedOptimizer
     """All optimizers; its step is the pipeline's."""
+    dense: KeyedOptimizer
+    """That of everything but tables."""
     plan: ShardingPlan
     tables: dict[str, str]
     """Name of a table's parameter -> name of the table."""
 
-    def scale_learning_rates(self, factor: float) -> None:
-        """Set every learning rate to `factor` times what the configuration says, from the next step on."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+    def scale_learning_rates(self, factor: float, tables: float = 1.0) -> None:
+        """Set every learning rate to `factor` times what the configuration says, and those of tables to `tables` of it.
+
+        This holds from the next step on.
+        """
+        for _, optimizer in self.optimizer.optimizers:
+            scaled = factor if optimizer is self.dense else factor * tables
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * scaled
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that training changes, under names and in logical shapes that do not depend on the plan."""
@@ -175,7 +182,8 @@ def shard(
         # Alone, it would only copy every gradient into its buckets and back.
         init_data_parallel=world.world_size > 1,
     )
-    sharded = Sharded(model, CombinedOptimizer(_optimizers(model, sparse, dense, names, fixed)), plan, names)
+    others, of_tables = _optimizers(model, sparse, dense, names, fixed)
+    sharded = Sharded(model, CombinedOptimizer([*of_tables, others]), others, plan, names)
     for name, weights, first_row, first_column in sharded.table_shards():
         if name in fixed:
             _fill(weights, first_row, first_column, fixed[name])
@@ -317,15 +325,16 @@ def _optimizers(
     dense: DenseOptimizer,
     tables: Mapping[str, str],
     fixed: Collection[str],
-) -> list[tuple[str, KeyedOptimizer]]:
+) -> tuple[KeyedOptimizer, list[KeyedOptimizer]]:
+    """That of everything but tables, and those of tables."""
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
     replicated = {name: parameter for name, parameter in rest.items() if name in tables and tables[name] not in fixed}
     others = {name: parameter for name, parameter in rest.items() if name not in tables}
-    optimizers = [("", model.fused_optimizer), ("", KeyedOptimizerWrapper(others, dense.build))]
+    of_tables = [model.fused_optimizer]
     if replicated:
         build = partial(sparse.torch_class(), **sparse.arguments())
-        optimizers.append(("", KeyedOptimizerWrapper(replicated, build)))
-    return optimizers
+        of_tables.append(KeyedOptimizerWrapper(replicated, build))
+    return KeyedOptimizerWrapper(others, dense.build), of_tables
 
 
 def _state_name(table: bool, key: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Embedding tables and a backbone as one module: a batch goes in, a loss and logits come out."""
+"""Embedding tables and a model as one module: a batch goes in, a loss and logits, or vectors, come out."""
 
 import math
 from dataclasses import dataclass, replace
@@ -16,6 +16,8 @@ from msr_dist.batch import ScenarioBatch
 from msr_dist.config import Config, parse
 from msr_dist.models.base import Backbone, Behaviours, Inputs, Widths
 from msr_dist.models.layers import TargetAttention
+from msr_dist.models.objectives import Contrastive, Retrieval, Shown
+from msr_dist.models.towers import TwoTower
 from msr_dist.schema import KNOWLEDGE_TABLE, UNSEEN, Feature, FeatureSchema, Table
 
 PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
@@ -86,17 +88,29 @@ class Predictions:
     """What a forward pass says about its rows. `B` rows, `T` labels."""
 
     logits: Tensor
-    """`[B, T]`, detached."""
+    """`[B, T]`, detached; of two towers `[B, d]`, the vectors of the side that was asked for, or nothing."""
     loss: Tensor
     """Scalar, detached: this rank's part of the loss, whose average over ranks is the loss of the global batch. It is
     of the backbone's own logits, also where others stand in for a scenario without training rows."""
 
 
+Side = Literal["user", "item"]
+
+
 class Recommender(nn.Module):
     """The whole model: sharded tables below, everything dense in `head`."""
 
-    def __init__(self, schema: FeatureSchema, backbone: Backbone, config: EmbeddingsConfig) -> None:
-        """`schema` must be the one that `config` was applied to. Tables take no memory before they are sharded."""
+    def __init__(
+        self,
+        schema: FeatureSchema,
+        model: Backbone | TwoTower,
+        config: EmbeddingsConfig,
+        objective: Retrieval | Contrastive | None = None,
+    ) -> None:
+        """`schema` must be the one that `config` was applied to. Tables take no memory before they are sharded.
+
+        Two towers train on `objective`, a backbone on its own; without one, towers make vectors alone.
+        """
         super().__init__()
         listed = {feature.table for feature in schema.features if feature.pooling == "attention"}
         used = [table for table in schema.tables if _features(table, schema)]
@@ -109,41 +123,39 @@ class Recommender(nn.Module):
         self.sequences = EmbeddingCollection(tables=lists, device=meta) if lists else None
         # Apart: a feature that one collection looks up in two tables has two names in its result.
         self.knowledge = EmbeddingBagCollection(tables=known, device=meta) if known else None
-        self.head = Head(schema, backbone, config.attention_widths)
+        self.head = (
+            TowersHead(schema, model, objective)
+            if isinstance(model, TwoTower)
+            else Head(schema, model, config.attention_widths)
+        )
 
-    def forward(self, batch: ScenarioBatch) -> tuple[Tensor, Predictions]:
-        """The loss to minimise and the predictions of this rank's rows."""
+    def forward(self, batch: ScenarioBatch, side: Side | None = None) -> tuple[Tensor, Predictions]:
+        """The loss to minimise and the predictions of this rank's rows; two towers predict vectors, of a `side`."""
         pooled = None if self.embeddings is None else self.embeddings(batch.ids)
         lists = None if self.sequences is None else self.sequences(batch.ids)
         known = None if self.knowledge is None else self.knowledge(batch.ids)
-        result: tuple[Tensor, Predictions] = self.head(pooled, lists, batch, known)
+        result: tuple[Tensor, Predictions] = self.head(pooled, lists, batch, known, side)
         return result
 
     def reserved_rows(self, schema: FeatureSchema) -> dict[str, int]:
         """By the name of a table's submodule: how many of its first vectors start at 0.
 
         The first stands for ids that training never saw. With vectors for every scenario it is all of them, since
-        which ids a scenario's training rows hold is not known: those that they do not must say nothing.
+        which ids a scenario's training rows hold is not known: those that they do not must say nothing. Not so for two
+        towers: where all users and all items are alike, nothing tells them apart, and no gradient ever does.
         """
+        apart = isinstance(self.head, TowersHead)
         return {
-            module_name(table.name): table.rows * schema.copies(table) if table.per_scenario else 1
+            module_name(table.name): schema.copies(table) * (1 if apart or not table.per_scenario else table.rows)
             for table in (*schema.tables, *_knowledge(schema))
         }
 
 
-class Head(nn.Module):
-    """Everything after the lookup. It holds no table, so TorchRec's tracer never looks inside: backbones may branch.
+class _Lookups(nn.Module):
+    """What was looked up becomes `Inputs`."""
 
-    A scenario without training rows has parameters that nothing has taught. Its rows are predicted by what the others
-    share: the mean of the probabilities that a row would have in each of them, weighted by their training rows (in the
-    largest of them, where there are many).
-    """
-
-    untaught: Tensor
-
-    def __init__(self, schema: FeatureSchema, backbone: Backbone, attention_widths: Widths = (32,)) -> None:
+    def __init__(self, schema: FeatureSchema, attention_widths: Widths = (32,)) -> None:
         super().__init__()
-        self.backbone = backbone
         self._groups = list(schema.group_widths())
         self._features = [[f.name for f in schema.features if f.group == group] for group in self._groups]
         self._numerics = [[i for i, n in enumerate(schema.numerics) if n.group == group] for group in self._groups]
@@ -157,31 +169,21 @@ class Head(nn.Module):
                 if feature.pooling == "attention"
             }
         )
-        self._stand_ins = _stand_ins(schema)
-        self._has_untaught = bool(self._stand_ins) and not all(scenario.taught for scenario in schema.scenarios)
-        untaught = torch.tensor([not scenario.taught for scenario in schema.scenarios])
-        self.register_buffer("untaught", untaught, persistent=False)
 
-    def forward(
+    def _inputs(
         self,
         pooled: KeyedTensor | None,
         lists: dict[str, JaggedTensor] | None,
         batch: ScenarioBatch,
-        known: KeyedTensor | None = None,
-    ) -> tuple[Tensor, Predictions]:
-        """The backbone's loss, averaged over the rows of all ranks."""
-        inputs = self._inputs(pooled, lists or {}, batch)
-        if known is not None:
-            user = batch.ids[self._user].values() // self._copies
-            inputs = replace(inputs, user=user, knowledge=self._known(known, user))
-        objective = self.backbone.objective(inputs)
-        loss = objective.loss(batch.labels, batch.weights) / batch.rows_per_rank
-        logits = objective.logits.detach()
-        if self._has_untaught and not self.training:
-            logits = self._stand_in(inputs, logits)
-        return loss, Predictions(logits, loss.detach())
+        known: KeyedTensor | None,
+    ) -> Inputs:
+        inputs = self._featured(pooled, lists or {}, batch)
+        if known is None:
+            return inputs
+        user = batch.ids[self._user].values() // self._copies
+        return replace(inputs, user=user, knowledge=self._known(known, user))
 
-    def _inputs(self, pooled: KeyedTensor | None, lists: dict[str, JaggedTensor], batch: ScenarioBatch) -> Inputs:
+    def _featured(self, pooled: KeyedTensor | None, lists: dict[str, JaggedTensor], batch: ScenarioBatch) -> Inputs:
         # By name: the order of KeyedTensor.values() changes with the sharding plan.
         columns: dict[str, Tensor] = {} if pooled is None else pooled.to_dict()
         columns |= {
@@ -212,6 +214,43 @@ class Head(nn.Module):
         # Detached: the table is fixed, so no gradient may go back to it.
         return vectors[:, : self._knowledge.width + 1].detach()
 
+
+class Head(_Lookups):
+    """Everything after the lookup. It holds no table, so TorchRec's tracer never looks inside: backbones may branch.
+
+    A scenario without training rows has parameters that nothing has taught. Its rows are predicted by what the others
+    share: the mean of the probabilities that a row would have in each of them, weighted by their training rows (in the
+    largest of them, where there are many).
+    """
+
+    untaught: Tensor
+
+    def __init__(self, schema: FeatureSchema, backbone: Backbone, attention_widths: Widths = (32,)) -> None:
+        super().__init__(schema, attention_widths)
+        self.backbone = backbone
+        self._stand_ins = _stand_ins(schema)
+        self._has_untaught = bool(self._stand_ins) and not all(scenario.taught for scenario in schema.scenarios)
+        untaught = torch.tensor([not scenario.taught for scenario in schema.scenarios])
+        self.register_buffer("untaught", untaught, persistent=False)
+
+    def forward(
+        self,
+        pooled: KeyedTensor | None,
+        lists: dict[str, JaggedTensor] | None,
+        batch: ScenarioBatch,
+        known: KeyedTensor | None = None,
+        side: Side | None = None,
+    ) -> tuple[Tensor, Predictions]:
+        """The backbone's loss, averaged over the rows of all ranks."""
+        assert side is None, "a backbone has no sides"
+        inputs = self._inputs(pooled, lists, batch, known)
+        objective = self.backbone.objective(inputs)
+        loss = objective.loss(batch.labels, batch.weights) / batch.rows_per_rank
+        logits = objective.logits.detach()
+        if self._has_untaught and not self.training:
+            logits = self._stand_in(inputs, logits)
+        return loss, Predictions(logits, loss.detach())
+
     def _stand_in(self, inputs: Inputs, logits: Tensor) -> Tensor:
         rows = self.untaught[inputs.scenario].nonzero().squeeze(1)
         if not len(rows):
@@ -223,6 +262,54 @@ class Head(nn.Module):
         # In logarithms, where a probability next to 0 or 1 is still a number.
         yes, no = (torch.logsumexp(share + logsigmoid(side), dim=0) for side in (elsewhere, -elsewhere))
         return logits.index_copy(0, rows, yes - no)
+
+
+class TowersHead(_Lookups):
+    """Everything after the lookup of a retrieval model.
+
+    A scenario without training rows has the branch of the scenario that has most of them, as it has its tables.
+    """
+
+    owners: Tensor
+
+    def __init__(
+        self, schema: FeatureSchema, towers: TwoTower, objective: Retrieval | Contrastive | None = None
+    ) -> None:
+        super().__init__(schema)
+        self.towers = towers
+        self._objective = objective
+        self._user_copies = schema.copies(schema.user_table)
+        self._item, self._item_copies = schema.item, schema.copies(schema.item_table)
+        self._numeric_width = len(schema.numerics)
+        self.register_buffer("owners", torch.tensor(schema.owners()), persistent=False)
+
+    def forward(
+        self,
+        pooled: KeyedTensor | None,
+        lists: dict[str, JaggedTensor] | None,
+        batch: ScenarioBatch,
+        known: KeyedTensor | None = None,
+        side: Side | None = None,
+    ) -> tuple[Tensor, Predictions]:
+        """The objective's loss in training; the vectors of `side`, where one is asked for."""
+        inputs = self._inputs(pooled, lists, batch, known)
+        inputs = replace(inputs, scenario=self.owners[inputs.scenario])
+        if side is not None:
+            vectors = (self.towers.user if side == "user" else self.towers.item)(inputs)
+            return vectors.sum(), Predictions(vectors.detach(), vectors.new_zeros(()))
+        assert self._objective is not None
+        # Rows of choices have one column more than the model knows of.
+        sampled = batch.numeric.shape[1] > self._numeric_width
+        shown = Shown(
+            inputs=inputs,
+            user=batch.ids[self._user].values() // self._user_copies,
+            item=batch.ids[self._item].values() // self._item_copies,
+            labels=batch.labels,
+            weights=batch.weights,
+            log_share=batch.numeric[:, self._numeric_width] if sampled else torch.zeros_like(batch.weights[:, 0]),
+        )
+        loss = self._objective.value(self.towers, shown)
+        return loss, Predictions(loss.new_zeros(len(batch.scenario), 0), loss.detach())
 
 
 def _stand_ins(schema: FeatureSchema) -> list[tuple[int, float]]:

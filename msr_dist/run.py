@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from msr_dist.checkpoint import CheckpointConfig
 from msr_dist.config import Config, component, dump, load
@@ -24,7 +24,9 @@ from msr_dist.data.loader import LoaderConfig
 from msr_dist.distributed import World
 from msr_dist.files import held, write_whole
 from msr_dist.knowledge import KnowledgeConfig, UserVectors
-from msr_dist.models.base import BackboneConfig
+from msr_dist.models.base import BackboneConfig, ModelConfig
+from msr_dist.models.objectives import Contrastive, Labels, Retrieval
+from msr_dist.models.towers import TowersConfig
 from msr_dist.optim import DenseOptimizer, Schedule, SparseOptimizer
 from msr_dist.parallel import ParallelConfig, Sharded, make_plan, shard
 from msr_dist.recommender import EmbeddingsConfig, Recommender, module_name
@@ -44,10 +46,20 @@ class StageConfig(Config):
     """One pass of training with its own optimizers; a later stage starts from the weights of the one before."""
 
     name: str = "train"
+    objective: Annotated[Labels | Retrieval | Contrastive, Field(discriminator="kind")] | None = None
+    """What it minimises; by default what the model is for: labels, or for two towers retrieval. A name alone, such as
+    "contrastive", stands for that objective as it is."""
     epochs: int = Field(default=1, ge=1)
+    frozen_tables: int = Field(default=0, ge=0)
+    """So many steps at the beginning leave the embedding tables as they are."""
     sparse: SparseOptimizer = SparseOptimizer()
     dense: DenseOptimizer = DenseOptimizer()
     schedule: Schedule = Schedule()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        return {"kind": given} if isinstance(given, str) else given
 
 
 class EvaluationConfig(Config):
@@ -59,6 +71,8 @@ class EvaluationConfig(Config):
     """Evaluate the valid split after every so many epochs; 0 never does."""
     final: Literal["valid", "test"] = "test"
     """The split that the finished run is judged on; with valid, as a search does, the test split is never opened."""
+    top_k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (20, 50)
+    """Two towers: how many items are retrieved, for recall, NDCG and hit rate."""
 
     def validates_after(self, epochs: int) -> bool:
         """Whether the valid split is due after so many epochs."""
@@ -92,10 +106,41 @@ class RunConfig(Config):
     log_every: int = Field(default=20, ge=1)
     """Steps between two tracked values of the training loss."""
 
+    @model_validator(mode="after")
+    def _objectives_fit(self) -> Self:
+        """The stages train what the model is for."""
+        kind, objectives = self.model.kind, [self.objective(index) for index in range(len(self.stages))]
+        if not self.retrieves:
+            wrong = [index for index, each in enumerate(objectives) if not isinstance(each, Labels)]
+            if wrong:
+                raise ValueError(
+                    f"stages.{wrong[0]}.objective: {objectives[wrong[0]].kind!r} is for two towers, and model.kind "
+                    f"{kind!r} predicts labels; leave it out, or choose model.kind 'sass' or 'two_tower'"
+                )
+            return self
+        wrong = [index for index, each in enumerate(objectives) if isinstance(each, Labels)]
+        if wrong:
+            raise ValueError(
+                f"stages.{wrong[0]}.objective: 'labels' is for models that predict labels, and model.kind {kind!r} "
+                "retrieves; choose 'retrieval' or 'contrastive'"
+            )
+        if not isinstance(objectives[-1], Retrieval):
+            raise ValueError("stages: the last objective has to be 'retrieval', on which the run is judged")
+        return self
+
     @property
     def folder(self) -> Path:
         """The run's own folder."""
         return self.runs / self.name
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether the model is one of two towers."""
+        return isinstance(self.model, TowersConfig)
+
+    def objective(self, stage: int) -> Labels | Retrieval | Contrastive:
+        """What the stage of that index minimises."""
+        return self.stages[stage].objective or (Retrieval() if self.retrieves else Labels())
 
     def absolute(self) -> Self:
         """The same run with paths that hold in any working directory: a worker's is not the driver's."""
@@ -106,13 +151,13 @@ class RunConfig(Config):
 
     def read_schema(self) -> FeatureSchema:
         """The schema of the data with this run's tables; ValueError where the data, or what is known, do not fit."""
-        assert isinstance(self.model, BackboneConfig)
+        assert isinstance(self.model, ModelConfig)
         if self.knowledge is None and self.model.reads_knowledge:
             raise ValueError(
                 f"model: kind {self.model.kind!r} reads what a language model says of the users: make that with "
                 "`msr-dist extract`, and name the folder with knowledge.store=STORE"
             )
-        if self.knowledge is not None and not self.model.reads_knowledge:
+        if self.knowledge is not None and not (self.model.reads_knowledge or self.model.takes_knowledge):
             raise ValueError(
                 f"knowledge: kind {self.model.kind!r} does not read it: leave that section out, or wrap the model with "
                 f"model.kind='llm4msr' and model.backbone.kind={self.model.kind!r}"
@@ -167,9 +212,10 @@ class RunConfig(Config):
         with held(self.folder / LOCK_FILE, taken):
             yield
 
-    def build(self, schema: FeatureSchema, stage: StageConfig, world: World) -> Sharded:
-        """The model of this run with the optimizers of `stage`, its weights drawn from the seed."""
-        recommender = self._recommender(schema)
+    def build(self, schema: FeatureSchema, index: int, world: World) -> Sharded:
+        """The model of this run with objective and optimizers of a stage, its weights drawn from the seed."""
+        stage = self.stages[index]
+        recommender = self._recommender(schema, index)
         recommender.head.to(world.device)
         rows = -(-self.loader.batch_size // world.world_size)
         reserved = recommender.reserved_rows(schema)
@@ -181,13 +227,15 @@ class RunConfig(Config):
         world = World.imagined(world_size)
         rows = -(-self.loader.batch_size // world_size)
         schema = self.read_schema()
-        recommender = self._recommender(schema)
+        recommender = self._recommender(schema, 0)
         return str(make_plan(recommender, self._layouts(), self.stages[0].sparse, world, rows, _fixed(schema)))
 
-    def _recommender(self, schema: FeatureSchema) -> Recommender:
+    def _recommender(self, schema: FeatureSchema, index: int) -> Recommender:
         torch.manual_seed(self.seed)
-        assert isinstance(self.model, BackboneConfig)
-        return Recommender(schema, self.model.build(schema), self.embeddings)
+        assert isinstance(self.model, BackboneConfig | TowersConfig)
+        objective = self.objective(index)
+        given = None if isinstance(objective, Labels) else objective
+        return Recommender(schema, self.model.build(schema), self.embeddings, given)
 
     def _layouts(self) -> ParallelConfig:
         tables = {module_name(table): layout for table, layout in self.parallel.tables.items()}
@@ -232,6 +280,13 @@ def _losses(run: RunConfig) -> dict[str, Any]:
         walk(key, whole[key])
     for index, stage in enumerate(whole["stages"]):
         walk(f"stages.{index}", stage)
-    for key in ("loader.threads", "loader.prefetch", "knowledge.model", "knowledge.pooling", "knowledge.cutoff"):
+    for key in (
+        "loader.threads",
+        "loader.prefetch",
+        "loader.memory_limit",
+        "knowledge.model",
+        "knowledge.pooling",
+        "knowledge.cutoff",
+    ):
         flat.pop(key, None)
     return flat

@@ -164,6 +164,11 @@ class FeatureSchema(Config):
         """The table of the user."""
         return self.table(next(feature.table for feature in self.features if feature.name == self.user))
 
+    @property
+    def item_table(self) -> Table:
+        """The table of the item."""
+        return self.table(next(feature.table for feature in self.features if feature.name == self.item))
+
     def copies(self, table: Table) -> int:
         """Vectors per id: one, or one per scenario."""
         return len(self.scenarios) if table.per_scenario else 1

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,15 +13,19 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from msr_dist.checkpoint import Checkpoint, Checkpoints, TrainState
 from msr_dist.config import dump
+from msr_dist.data.derived import ROWS, read_summary
 from msr_dist.data.loader import Loader
 from msr_dist.data.order import Order
 from msr_dist.data.parquet import ParquetSource
 from msr_dist.distributed import World, open_world
-from msr_dist.evaluate import evaluate_split, evaluation_loader, metrics_file, write_report
+from msr_dist.evaluate import evaluation_loader, judge, metrics_file, write_report
 from msr_dist.files import write_whole
 from msr_dist.metrics import Report
+from msr_dist.models.objectives import Contrastive, Labels
 from msr_dist.parallel import Sharded
 from msr_dist.progress import Progress
+from msr_dist.recall import RetrievalReport
+from msr_dist.retrieval import coverage, stage_rows, views_apart
 from msr_dist.run import CHECKPOINTS, CONFIG_FILE, PLAN_FILE, RunConfig, say_untaught
 from msr_dist.schema import FeatureSchema
 from msr_dist.tracking import Tracker, open_tracker
@@ -35,13 +40,27 @@ class Session:
     run: RunConfig
     world: World
     schema: FeatureSchema
-    loader: Loader
+    feeds: tuple["Feed", ...]
+    """For each stage, what it trains on."""
     checkpoints: Checkpoints
     tracker: Tracker
-    validated: Callable[[int, Report], None] | None
+    validated: Callable[[int, Report | RetrievalReport], None] | None
+
+    def steps_before(self, stage: int) -> int:
+        """Steps of all stages before the one of that index."""
+        return sum(self.run.stages[index].epochs * self.feeds[index].loader.order.steps for index in range(stage))
 
 
-def train(run: RunConfig, validated: Callable[[int, Report], None] | None = None) -> None:
+@dataclass(frozen=True)
+class Feed:
+    """The rows of a stage."""
+
+    loader: Loader
+    folder: Path
+    """Where they are."""
+
+
+def train(run: RunConfig, validated: Callable[[int, Report | RetrievalReport], None] | None = None) -> None:
     """Train `run` from its newest checkpoint, or from the start, to its end, and evaluate it on the split `final`.
 
     Every process calls this with the same `run`, whose folder exists. `validated` is called on rank 0 after each
@@ -53,22 +72,21 @@ def train(run: RunConfig, validated: Callable[[int, Report], None] | None = None
     with open_world() as world, run.locked(world):
         schema = run.read_schema()
         say_untaught(schema, world)
-        source = ParquetSource(run.data / "train", schema)
-        loader = Loader(source, schema, _order(run, source), world.rank, world.world_size, run.loader)
+        feeds = tuple(_feed(run, schema, index, world) for index in range(len(run.stages)))
         checkpoints = Checkpoints(run.folder / CHECKPOINTS, run.checkpoint, world)
         found = checkpoints.newest()
         with open_tracker(run.tracking, world.rank, run.folder, dump(run)) as tracker:
-            session = Session(run, world, schema, loader, checkpoints, tracker, validated)
+            session = Session(run, world, schema, feeds, checkpoints, tracker, validated)
             for index in range(found.state.stage if found else 0, len(run.stages)):
-                sharded = run.build(schema, run.stages[index], world)
+                sharded = run.build(schema, index, world)
                 _keep_plan(session, sharded)
                 state = _restore(session, sharded, found, index)
                 found = _train_stage(session, sharded, state) or found
             split = run.evaluation.final
-            report = evaluate_split(run, schema, sharded.model, split, world)
+            report = judge(run, schema, sharded.model, split, world)
             if report is not None:
                 write_report(report, metrics_file(run.folder, split))
-                tracker.log(report.flat(split), run.epochs_before(len(run.stages)) * loader.order.steps)
+                tracker.log(report.flat(split), session.steps_before(len(run.stages)))
                 tracker.artifact(metrics_file(run.folder, split))
 
 
@@ -77,27 +95,41 @@ def check(run: RunConfig, world_size: int) -> None:
     schema = run.read_schema()
     run.check_tables(schema)
     source = ParquetSource(run.data / "train", schema)
-    Loader(source, schema, _order(run, source), 0, world_size, run.loader)
+    Loader(source, schema, _order(run, source, run.data / "train"), 0, world_size, run.loader)
     for split in {"valid", run.evaluation.final}:
         evaluation_loader(run, schema, split, 0, world_size)
 
 
-def _order(run: RunConfig, source: ParquetSource) -> Order:
+def _feed(run: RunConfig, schema: FeatureSchema, index: int, world: World) -> Feed:
+    """What the stage of that index trains on."""
+    objective = run.objective(index)
+    folder, together = run.data / "train", 1
+    if not isinstance(objective, Labels):
+        made = stage_rows(run, schema, index, world)
+        schema, folder = FeatureSchema.read(made), made / ROWS
+        together = 2 if isinstance(objective, Contrastive) else 1
+    source = ParquetSource(folder, schema)
+    order = _order(run, source, folder, together)
+    return Feed(Loader(source, schema, order, world.rank, world.world_size, run.loader, together), folder)
+
+
+def _order(run: RunConfig, source: ParquetSource, folder: Path, together: int = 1) -> Order:
     try:
         return Order(
-            group_rows=tuple(group.rows for group in source.row_groups),
+            group_rows=tuple(group.rows // together for group in source.row_groups),
             num_partitions=run.loader.partitions,
             batch_size=run.loader.batch_size,
             seed=run.seed,
             window_rows=run.loader.window_rows,
         )
     except ValueError as error:
-        raise ValueError(f"{run.data / 'train'}: {error} (loader.partitions, loader.batch_size)") from None
+        raise ValueError(f"{folder}: {error} (loader.partitions, loader.batch_size)") from None
 
 
 def _restore(session: Session, sharded: Sharded, found: Checkpoint | None, index: int) -> TrainState:
     """The state to go on from: within stage `index`, or at its start with the weights of the stage before."""
-    order, first = session.loader.order, session.run.epochs_before(index) * session.loader.order.steps
+    order = session.feeds[index].loader.order
+    first = session.run.epochs_before(index) * order.steps
     if found is None:
         return TrainState()
     if found.state.stage != index:
@@ -118,18 +150,22 @@ def _restore(session: Session, sharded: Sharded, found: Checkpoint | None, index
 
 def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Checkpoint | None:
     """Run the rest of a stage; the checkpoint of its end, or None where nothing was left to do."""
-    run, world, order = session.run, session.world, session.loader.order
-    stage = run.stages[state.stage]
-    # Steps of earlier stages: epochs, hence orders, are counted through, and so are the steps of tracked values.
+    run, world, feed = session.run, session.world, session.feeds[state.stage]
+    stage, order = run.stages[state.stage], feed.loader.order
+    # Epochs, hence orders, are counted through all stages, and so are the steps of tracked values.
     first, steps = run.epochs_before(state.stage) * order.steps, stage.epochs * order.steps
-    batches = session.loader.batches(first + state.step, first + steps)
+    tracked = session.steps_before(state.stage)
+    batches = feed.loader.batches(first + state.step, first + steps)
     pipeline = TrainPipelineSparseDist(sharded.model, sharded.optimizer, world.device, execute_all_batches=True)
     progress = Progress(stage.name, steps, done=state.step, shown=world.rank == 0)
     meter = _Meter(state)
     end: Checkpoint | None = None
     shown: dict[str, str] = {}
+    if isinstance(run.objective(state.stage), Contrastive) and state.step == 0:
+        shares = coverage(read_summary(feed.folder.parent))
+        session.tracker.log({f"{stage.name}/{name}": value for name, value in shares.items()}, tracked)
     for step in range(state.step, steps):
-        sharded.scale_learning_rates(stage.schedule.factor(step, steps))
+        sharded.scale_learning_rates(stage.schedule.factor(step, steps), tables=float(step >= stage.frozen_tables))
         # Our models do not draw from this generator; a model from outside that does, resumes with the same numbers.
         torch.manual_seed(hash((run.seed, state.stage, step, world.rank)))
         meter.add(pipeline.progress(batches).loss)
@@ -142,16 +178,22 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
             _require_finite(loss, stage.name, state)
             factor = stage.schedule.factor(step, steps)
             values = {"loss": loss, "samples_per_second": speed, "lr_factor": factor}
-            session.tracker.log({f"{stage.name}/{name}": value for name, value in values.items()}, first + state.step)
+            session.tracker.log({f"{stage.name}/{name}": value for name, value in values.items()}, tracked + state.step)
             shown = {"loss": f"{loss:.4f}", "samples/s": f"{speed:,.0f}"}
         progress.advance(values=shown)
         if epoch_ends and run.evaluation.validates_after(state.step // order.steps):
             pipeline.detach()
-            report = evaluate_split(run, session.schema, sharded.model, "valid", world)
-            if report is not None:
-                session.tracker.log(report.flat("valid"), first + state.step)
-                if session.validated is not None:
-                    session.validated(run.epochs_before(state.stage) + state.step // order.steps, report)
+            if isinstance(run.objective(state.stage), Contrastive):
+                apart = views_apart(run, feed.folder.parent, sharded.model, world)
+                session.tracker.log(
+                    {f"{stage.name}/{name}": value for name, value in apart.items()}, tracked + state.step
+                )
+            else:
+                report = judge(run, session.schema, sharded.model, "valid", world)
+                if report is not None:
+                    session.tracker.log(report.flat("valid"), tracked + state.step)
+                    if session.validated is not None:
+                        session.validated(run.epochs_before(state.stage) + state.step // order.steps, report)
         if saves:
             end = Checkpoint(session.checkpoints.save(sharded.tensors(), state), state)
     progress.close()

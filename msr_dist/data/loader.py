@@ -22,10 +22,10 @@ from msr_dist.schema import Feature, FeatureSchema
 
 
 class LoaderConfig(Config):
-    """How rows become batches. Only `threads` and `prefetch` leave the losses as they are."""
+    """How rows become batches. Only `threads`, `prefetch` and `memory_limit` leave the losses as they are."""
 
     batch_size: int = Field(default=8192, ge=1)
-    """Rows of a global batch, all ranks together."""
+    """Rows of a global batch, all ranks together; where two towers are pre-trained, pairs."""
     partitions: int = Field(default=24, ge=1)
     """The world size must divide it; a run continues the same data at any such world size."""
     window_rows: int = Field(default=1 << 20, ge=1)
@@ -34,6 +34,8 @@ class LoaderConfig(Config):
     """Decoding threads of a rank."""
     prefetch: int = Field(default=4, ge=1)
     """Batches of a rank that stand ready."""
+    memory_limit: str = "2GB"
+    """What DuckDB may use where it makes the rows of two towers; beyond it, it spills to disk in the run's folder."""
 
 
 class Source(Protocol):
@@ -93,9 +95,16 @@ class Loader:
     """Batches of one rank. Two loaders of the same order that differ in rank never read the same row group."""
 
     def __init__(
-        self, source: Source, schema: FeatureSchema, order: Order, rank: int, world_size: int, config: LoaderConfig
+        self,
+        source: Source,
+        schema: FeatureSchema,
+        order: Order,
+        rank: int,
+        world_size: int,
+        config: LoaderConfig,
+        together: int = 1,
     ) -> None:
-        """Nothing is read yet."""
+        """Nothing is read yet. `together` rows, which follow each other, are one to `order`, and stay so in batches."""
         if order.num_partitions % world_size:
             raise ValueError(
                 f"world size {world_size} does not divide {order.num_partitions} partitions: "
@@ -103,7 +112,7 @@ class Loader:
             )
         self.order = order
         self._source, self._schema, self._config = source, schema, config
-        self._world_size = world_size
+        self._world_size, self.together = world_size, together
         self._partitions = range(rank, order.num_partitions, world_size)
 
     def batches(self, first: int, last: int) -> Iterator[ScenarioBatch]:
@@ -148,16 +157,21 @@ class Loader:
         numbers: list[Ints] = []
         for stream in streams:
             start, stop = self.order.share(stream.partition, within)
-            taken = stream.take(start, stop)
+            taken, each = stream.take(start, stop), self.together
             missing = width - (stop - start)
-            parts += [*taken, taken[0].padding(missing)] if missing else taken
-            numbers += [stream.first_row + np.arange(start, stop, dtype=np.int64), np.full(missing, PADDING)]
+            parts += [*taken, taken[0].padding(missing * each)] if missing else taken
+            places = np.arange(start * each, stop * each, dtype=np.int64)
+            numbers += [stream.first_row * each + places, np.full(missing * each, PADDING)]
         return _assemble(self._schema, parts, np.concatenate(numbers), self.order.step_rows(within) / self._world_size)
 
     def decode(self, partition: int, epoch: int, window: int, groups: tuple[int, ...]) -> Rows:
         """One window of one partition, its rows in the order of `epoch`."""
         table = pa.concat_tables([self._source.read(group) for group in groups])
-        return _decode(table, self._schema, self.order.permutation(partition, epoch, window, table.num_rows))
+        each = self.together
+        permutation = self.order.permutation(partition, epoch, window, table.num_rows // each)
+        if permutation is not None and each > 1:
+            permutation = (permutation[:, None] * each + np.arange(each)).ravel()
+        return _decode(table, self._schema, permutation)
 
 
 class _Stream:
@@ -166,7 +180,7 @@ class _Stream:
     def __init__(self, loader: Loader, pool: ThreadPoolExecutor, partition: int, epoch: int, step: int) -> None:
         order = loader.order
         self.partition = partition
-        self._loader, self._pool, self._epoch = loader, pool, epoch
+        self._loader, self._pool, self._epoch, self._together = loader, pool, epoch, loader.together
         self._windows = order.windows(partition, epoch)
         self.first_row = order.first_row(partition, epoch)
         start = order.share(partition, step)[0]
@@ -184,7 +198,8 @@ class _Stream:
                 self._advance()
             begin, end = self._begins[self._current], min(stop, self._begins[self._current + 1])
             assert self._rows is not None
-            parts.append(self._rows[start - begin : end - begin])
+            each = self._together
+            parts.append(self._rows[(start - begin) * each : (end - begin) * each])
             start = end
         return parts
 

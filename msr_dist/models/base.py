@@ -126,15 +126,21 @@ class Backbone(nn.Module, ABC):
         return Objective(self(inputs))
 
 
-class BackboneConfig(Kinded, ABC):
-    """Settings of a backbone: each file in `models/` has one final subclass called `Config`."""
+class ModelConfig(Kinded, ABC):
+    """Settings of any model: each file in `models/` has one final subclass called `Config`."""
 
     reads_knowledge: ClassVar[bool] = False
     """Whether it needs what a language model says of users and scenarios: `FeatureSchema.knowledge`."""
+    takes_knowledge: ClassVar[bool] = False
+    """Whether it makes use of that where a run gives it."""
 
     def adapt(self, schema: FeatureSchema) -> FeatureSchema:
         """The schema with the tables that this model needs: by default, those that it has."""
         return schema
+
+
+class BackboneConfig(ModelConfig, ABC):
+    """Settings of a model that predicts labels."""
 
     @abstractmethod
     def build(self, schema: FeatureSchema) -> Backbone:

@@ -408,9 +408,41 @@ class ScenarioNorm(nn.Module):
         return mean, used_var
 
 
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+
+def gather_over_ranks(x: Tensor) -> tuple[Tensor, int]:
+    """`x` `[B, ...]` of all ranks, one after the other `[R * B, ...]`, and the place of this rank's first row in it.
+
+    `B` is the same on all ranks. The gradient of a row is the sum of those that all ranks have for it.
+    """
+    if _alone():
+        return x, 0
+    everybody: Tensor = _Gather.apply(x)  # type: ignore[no-untyped-call]
+    return everybody, dist.get_rank() * len(x)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # Not reduce_scatter, which gloo does not have for all types.
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)
+
+
 def sum_over_ranks(x: Tensor) -> Tensor:
     """`x` summed over the ranks of the default process group, if there is one; so is its gradient."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if _alone():
         return x
     total: Tensor = _SumOverRanks.apply(x)  # type: ignore[no-untyped-call]
     return total

@@ -167,3 +167,84 @@ def test_ids_of_tables_with_vectors_for_each_scenario(folder):
         of_row = torch.repeat_interleave(batch.scenario, batch.ids[name].lengths())
         assert torch.equal(batch.ids[name].values(), before.ids[name].values() * 3 + of_row)
         assert torch.equal(batch.ids[name].lengths(), before.ids[name].lengths())
+
+
+# Rows that belong together
+
+
+def pairs_folder(folder):
+    """Row groups of even sizes, and the number of a row in its price."""
+    sizes = [2 * size for size in canonical.uneven(ROWS // 2, 30)]
+    table = canonical.table(ROWS)
+    table = table.set_column(table.column_names.index("price"), "price", [np.arange(ROWS, dtype=np.float32)])
+    canonical.write_split(folder / "train", table, sizes)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory):
+    return pairs_folder(tmp_path_factory.mktemp("pairs"))
+
+
+def pair_loader(folder, rank=0, world_size=1, batch_size=50) -> Loader:
+    source = ParquetSource(folder / "train", canonical.schema())
+    order = Order(tuple(g.rows // 2 for g in source.row_groups), 6, batch_size, seed=1, window_rows=300)
+    return Loader(source, canonical.schema(), order, rank, world_size, LoaderConfig(), together=2)
+
+
+def pairs_in(batch) -> list[int]:
+    """The pairs of a batch, by their number in the files; every row is next to its partner, in their order."""
+    real = batch.row != PADDING
+    assert torch.equal(real[0::2], real[1::2])
+    assert not batch.weights[~real].any()
+    rows, places = batch.numeric[real, 0].long(), batch.row[real]
+    assert torch.equal(rows[0::2] % 2, torch.zeros(len(rows) // 2, dtype=torch.int64))
+    assert torch.equal(rows[0::2] + 1, rows[1::2])
+    assert torch.equal(places[0::2] + 1, places[1::2])
+    return (rows[0::2] // 2).tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_pair_of_an_epoch_once_through_an_interruption(paired, world_size):
+    steps = pair_loader(paired).order.steps
+    assert steps == ROWS // 2 // 50
+    found, numbers = [], []
+    for rank in range(world_size):
+        batches = pair_loader(paired, rank, world_size).batches(steps, steps + 5)
+        found += [pair for batch in batches for pair in pairs_in(batch)]
+    for rank in range(3):
+        for batch in pair_loader(paired, rank, 3).batches(steps + 5, 2 * steps):
+            found += pairs_in(batch)
+            numbers += batch.row[batch.row != PADDING].tolist()
+    assert sorted(found) == list(range(ROWS // 2))
+    assert found != sorted(found)
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_the_global_batch_of_pairs_does_not_depend_on_the_world_size(paired):
+    whole = list(pair_loader(paired).batches(0, 20))
+    parts = [list(pair_loader(paired, rank, 2).batches(0, 20)) for rank in range(2)]
+    padded = 0
+    for step, batch in enumerate(whole):
+        assert sorted(pairs_in(batch)) == sorted(pairs_in(parts[0][step]) + pairs_in(parts[1][step]))
+        rows = torch.cat([part[step].row for part in parts])
+        assert sorted(rows.tolist()) == sorted(batch.row.tolist())
+        assert len(parts[0][step].row) == len(parts[1][step].row)
+        padded += int((batch.row == PADDING).sum())
+    assert padded > 0
+    # Pairs keep all of their rows' values.
+    rows = canonical.table(ROWS).to_pylist()
+    found = contents(whole[:1])
+    for values, number in zip(found, whole[0].numeric[whole[0].row != PADDING, 0].long().tolist(), strict=True):
+        row = rows[number]
+        assert values[:4] == ((row["user"],), tuple(row["history"]), (row["item"],), tuple(row["tags"]))
+
+
+def test_pairs_go_on_from_any_step(paired):
+    whole = list(pair_loader(paired).batches(0, 20))
+    for first in (1, 7, 15, 16):
+        rest = list(pair_loader(paired).batches(first, 20))
+        for batch, expected in zip(rest, whole[first:], strict=True):
+            assert torch.equal(batch.row, expected.row)
+            assert torch.equal(batch.numeric, expected.numeric)
+            assert torch.equal(batch.ids.values(), expected.ids.values())

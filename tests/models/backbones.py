@@ -1,5 +1,6 @@
 """Every model file, small schemas and random inputs for it."""
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,20 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 import msr_dist.models
 from msr_dist.batch import ScenarioBatch
 from msr_dist.config import kind_config
-from msr_dist.models.base import Backbone, Inputs
+from msr_dist.models.base import Backbone, BackboneConfig, Inputs, ModelConfig
 from msr_dist.schema import Feature, FeatureSchema, Knowledge, Label, Numeric, Scenario, Table
 
 FOLDER = Path(msr_dist.models.__file__).parent
-KINDS = sorted({file.stem for file in FOLDER.glob("*.py")} - {"__init__", "base", "layers"})
+
+
+def kinds(settings: type[ModelConfig]) -> list[str]:
+    """The files of models whose class of settings is one of those."""
+    stems = sorted(file.stem for file in FOLDER.glob("[!_]*.py"))
+    found = {stem: getattr(importlib.import_module(f"msr_dist.models.{stem}"), "Config", object) for stem in stems}
+    return [stem for stem, cls in found.items() if issubclass(cls, settings)]
+
+
+KINDS = kinds(BackboneConfig)
 AROUND = {"single": "mlp", "llm4msr": "star"}
 """Models around another one, and which one that is here."""
 SCENARIOS = 13

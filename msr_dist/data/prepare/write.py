@@ -12,18 +12,28 @@ LEAST_GROUPS = 96
 4, 6, 8, 12, 16, 24, 32, 48 and 96 of them."""
 
 
-def group_bounds(rows: int, row_group_rows: int) -> list[int]:
-    """Where row groups begin, and `rows` at the end: sizes differ by one at most."""
-    groups = max(min(rows, LEAST_GROUPS), -(-rows // row_group_rows))
-    return [group * rows // groups for group in range(groups + 1)] if rows else [0]
+def group_bounds(rows: int, row_group_rows: int, together: int = 1) -> list[int]:
+    """Where row groups begin, and `rows` at the end: sizes differ by one at most.
+
+    Rows that belong `together`, so many at a time, are in one group; sizes differ by so many at most.
+    """
+    units = rows // together
+    groups = max(min(units, LEAST_GROUPS), -(-rows // row_group_rows))
+    return [group * units // groups * together for group in range(groups + 1)] if rows else [0]
 
 
 def write_split(
-    folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], rows: int, row_group_rows: int, file_rows: int
+    folder: Path,
+    schema: pa.Schema,
+    batches: Iterable[pa.RecordBatch],
+    rows: int,
+    row_group_rows: int,
+    file_rows: int,
+    together: int = 1,
 ) -> None:
     """Write `rows` rows, in the order of `batches`, to part-00000.parquet, part-00001.parquet, ... of `folder`."""
     folder.mkdir(parents=True)
-    bounds = group_bounds(rows, row_group_rows)
+    bounds = group_bounds(rows, row_group_rows, together)
     sizes = [end - begin for begin, end in pairwise(bounds)]
     groups = regroup(batches, sizes)
     files = max(1, -(-rows // file_rows))
