@@ -7,7 +7,6 @@ python benchmarks/quality.py report benchmarks/grids/literature.toml
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -132,9 +131,9 @@ def _phases(
 
 def _work(grid: "Grid", name: str, cases: "list[Case]", outcomes: Any) -> list[str]:
     """Run those of `cases` that have no line yet; why some failed, now or earlier."""
-    from quality_grid import Failure, Result
+    from quality_grid import Failure, Result, commit_of_code
 
-    commit, failed, missing = _commit(), [], []
+    commit, failed, missing = commit_of_code(), [], []
     lines = {case.data: grid.lines(case.data, case.run.evaluation.final) for case in cases}
     for case in cases:
         line = lines[case.data].get(case.key)
@@ -280,21 +279,6 @@ def _line(error: Exception) -> str:
     """What went wrong in one line."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
-
-
-@cache
-def _commit() -> str:
-    """The commit that is measured; -dirty where the code is not the commit's, whatever results stand beside it."""
-
-    def git(*words: str) -> str:
-        # Without the lock that even reading commands take to refresh the index: others work in the checkout.
-        command = ["git", "--no-optional-locks", *words]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", ":/msr_dist", ":/benchmarks/*.py")
-    commit = git("describe", "--always")
-    return f"{commit}-dirty" if commit and changed else commit or "unknown"
 
 
 if __name__ == "__main__":

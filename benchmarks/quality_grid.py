@@ -17,6 +17,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -520,9 +521,24 @@ def _settings(run: RunConfig) -> dict[str, Any]:
     settings = run.model_dump(mode="json", include={"seed", *SEARCHABLE})
     if run.knowledge is not None:
         settings["knowledge"] = run.knowledge.model_dump(mode="json", include={"width", "digest"})
-    for unimportant in ("threads", "prefetch"):
+    for unimportant in ("threads", "prefetch", "memory_limit"):
         settings["loader"].pop(unimportant, None)
     return settings
+
+
+@cache
+def commit_of_code() -> str:
+    """The commit that is measured; -dirty where the code is not the commit's, whatever results stand beside it."""
+
+    def git(*words: str) -> str:
+        # Without the lock that even reading commands take to refresh the index: others work in the checkout.
+        command = ["git", "--no-optional-locks", *words]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ":/msr_dist", ":/benchmarks/*.py")
+    commit = git("describe", "--always")
+    return f"{commit}-dirty" if commit and changed else commit or "unknown"
 
 
 def key_of(line: Line) -> str | None:
