@@ -14,7 +14,8 @@ each adapter's own and shared by the scenarios; logits `[B, T]`. hyper is an MLP
 never formed: a row costs R (W + R + A) products in place of the W A of a full matrix.
 
 The paper leaves open, or could not be checked for it, and this does:
-- Start: U, V, U', V' as `nn.Linear` draws them. Constant ones would make U H V a matrix of rank 1.
+- Start: U, V, U', V' as `nn.Linear` draws them. Constant ones would make U H V a matrix of rank 1. The norm's scale
+  starts at 1, as in any such layer, which costs quality on two of four data sets: see `norm_start`.
 - The hyper-network reads z, and runs once per row: H is the same whichever adapter asks for it.
 - Adapters follow the last `adapters` hidden layers.
 - With T labels the last layer has T outputs.
@@ -56,6 +57,9 @@ class Config(BackboneConfig):
     """Units of each hidden layer of the hyper-network."""
     scenario_width: Width = 16
     """Length of the scenario's embedding, which network and hyper-network read."""
+    norm_start: float = 1.0
+    """Scale of the norm at the start. At 1 an adapter that has learned nothing is as loud as the hidden units beside
+    it, or louder; at 0 training begins with the plain network."""
     dropout: Rate = 0.0
     """Share of hidden units silenced in training, in network and hyper-network."""
 
@@ -93,6 +97,7 @@ class Adapter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.adapter_width))
         self.up = HyperLinear(config.adapter_width, width, config.rank)
         self.norm = ScenarioNorm(scenarios, width)
+        nn.init.constant_(self.norm.gamma, config.norm_start)
 
     def forward(self, x: Tensor, core: Tensor, row: Tensor, groups: ScenarioGroups) -> Tensor:
         """`[B, W]` -> `[B, W]`, all grouped."""
