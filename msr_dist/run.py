@@ -109,6 +109,8 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _objectives_fit(self) -> Self:
         """The stages train what the model is for."""
+        if not isinstance(self.model, BackboneConfig | TowersConfig):
+            raise ValueError(f"model.kind {self.model.kind!r} is no model; choose one of msr_dist/models")
         kind, objectives = self.model.kind, [self.objective(index) for index in range(len(self.stages))]
         if not self.retrieves:
             wrong = [index for index, each in enumerate(objectives) if not isinstance(each, Labels)]

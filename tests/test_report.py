@@ -418,6 +418,16 @@ def test_one_line_for_what_cannot_be_reported(runs, data, tmp_path, family, caps
         (line,) = capsys.readouterr().err.strip().splitlines()
         return line
 
+    # A run of another trade, alone or among the others.
+    retrieving = config(tmp_path / "mixed", data, "towers", {"kind": "two_tower", "widths": [4], "out_width": 4})
+    retrieving.claim_folder()
+    assert "model.kind 'two_tower' retrieves, and a report shows models that predict labels" in refused(
+        retrieving.folder
+    )
+    assert "'two_tower' retrieves" in refused(runs / "star", "--against", retrieving.folder)
+    shutil.copytree(runs / "star", tmp_path / "mixed/star")
+    assert write(tmp_path / "mixed/star")
+
     assert f"{tmp_path}: no config.toml there" in refused(tmp_path)
     other = family("other", 0.6, data=str(tmp_path / "data"))
     assert f"--against {other}: of other data, {tmp_path}/data; {runs}/llm is of {data}" in refused(

@@ -145,3 +145,10 @@ class BackboneConfig(ModelConfig, ABC):
     @abstractmethod
     def build(self, schema: FeatureSchema) -> Backbone:
         """The module for this schema; parameters are drawn from torch's global generator."""
+
+
+def predicting(config: Kinded) -> Kinded:
+    """`config`, of a model to go around; ValueError where it is none that predicts labels."""
+    if not isinstance(config, BackboneConfig):
+        raise ValueError(f"kind {config.kind!r} predicts no labels, so no model goes around it; choose another kind")
+    return config

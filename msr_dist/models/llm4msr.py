@@ -68,15 +68,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, Literal, Self, final
+from typing import Annotated, ClassVar, Literal, Self, final
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
 from msr_dist.config import component
-from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Objective, Rate, Width, Widths
+from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Objective, Rate, Width, Widths, predicting
 from msr_dist.models.layers import Dropout, ScenarioGroups, grouped_linear
 from msr_dist.models.star import Config as Star
 from msr_dist.schema import Feature, FeatureSchema, Table
@@ -93,7 +93,7 @@ class Config(BackboneConfig):
     reads_knowledge: ClassVar[bool] = True
 
     kind: Literal["llm4msr"] = "llm4msr"
-    backbone: component("msr_dist.models") = Star()  # type: ignore[valid-type]
+    backbone: Annotated[component("msr_dist.models"), AfterValidator(predicting)] = Star()  # type: ignore[valid-type]
     """The model in the middle, any but this one."""
     vectors: Literal["knowledge", "random", "shuffled", "trained"] = "knowledge"
     """Those of the language model, or a control that a gain has to beat: fixed random vectors of users and scenarios,

@@ -15,13 +15,14 @@ them, in batches of its share of the batch size, as often.
 """
 
 from dataclasses import replace
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from msr_dist.config import component
-from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Objective
+from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Objective, predicting
 from msr_dist.models.layers import ScenarioGroups
 from msr_dist.models.mlp import Config as Mlp
 from msr_dist.schema import FeatureSchema
@@ -31,7 +32,7 @@ class Config(BackboneConfig):
     """Settings of the models of single scenarios."""
 
     kind: Literal["single"] = "single"
-    backbone: component("msr_dist.models") = Mlp()  # type: ignore[valid-type]
+    backbone: Annotated[component("msr_dist.models"), AfterValidator(predicting)] = Mlp()  # type: ignore[valid-type]
     """The model of each scenario; by default the plain network."""
 
     def adapt(self, schema: FeatureSchema) -> FeatureSchema:

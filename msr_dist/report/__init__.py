@@ -61,6 +61,12 @@ def write(folder: Path, against: Sequence[Path] = ()) -> tuple[Path, bool]:
         ValueError: there is no such run, it has no metrics, or what it was trained with is not there any more.
     """
     run = read_run(folder)
+    for each in (run, *map(read_run, against)):
+        if each.retrieves:
+            raise ValueError(
+                f"{each.folder}: model.kind {each.model.kind!r} retrieves, and a report shows models that predict "
+                f"labels; its metrics are those of `msr-dist evaluate {each.folder}`"
+            )
     comparison = compare(run, [read_run(each) for each in against])
     page = _summary(comparison) | (_knowledge(comparison) if comparison.wraps else _plain(comparison))
     environment = Environment(

@@ -270,7 +270,9 @@ def _in_folder(run: RunConfig, notes: list[str]) -> Iterable[RunConfig]:
         if file.parent == run.folder:
             continue
         try:
-            yield read_run(file.parent)
+            other = read_run(file.parent)
+            if not other.retrieves:
+                yield other
         except ValueError as error:
             reason = str(error).splitlines()[0]
             notes.append(f"{file.parent.name} left out, its configuration is not of this version: {reason}")
@@ -290,7 +292,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
     """What decides the losses but the seed, by dotted key; and the split that the run is judged on."""
     whole = run.absolute().model_dump(mode="json")
     kept = {key: whole[key] for key in ("data", "loader", "embeddings", "model", "knowledge")}
-    kept["loader"] = _without(kept["loader"], "threads", "prefetch")
+    kept["loader"] = _without(kept["loader"], "threads", "prefetch", "memory_limit")
     # What the store was expected to be: that it was, is known.
     kept["knowledge"] = _without(kept["knowledge"] or {}, "model", "pooling", "cutoff")
     kept["stages"] = {str(place): stage for place, stage in enumerate(whole["stages"])}

@@ -5,6 +5,7 @@ import torch
 from backbones import SCENARIOS, inputs, listed_schema, mixed, schema, take
 from towers import KINDS, build, config
 
+from msr_dist.config import kind_config
 from msr_dist.models.towers import ITEM_SIDE, USER_SIDE, unit
 from msr_dist.schema import Feature, Numeric, Table
 
@@ -160,3 +161,10 @@ def test_a_vector_of_0_stays_one_and_harms_no_gradient():
     vectors.sum().backward()
     assert vectors.tolist() == [[0.0, 0.0], [pytest.approx(0.6), pytest.approx(0.8)]]
     assert x.grad.isfinite().all()
+
+
+@every_kind
+@pytest.mark.parametrize("around", ["single", "llm4msr"])
+def test_no_model_of_labels_goes_around_towers(kind, around):
+    with pytest.raises(ValueError, match=f"kind '{kind}' predicts no labels, so no model goes around it"):
+        kind_config("msr_dist.models", around)(backbone={"kind": kind})
