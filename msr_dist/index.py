@@ -155,7 +155,7 @@ def retrieve(run: RunConfig, user: str, scenario: str, k: int) -> list[Found]:
         row = _row_of(run.data, schema, user)
         with tempfile.TemporaryDirectory(prefix="question-") as folder:
             question = Path(folder) / "question"
-            write_question(sides_of(run, schema), question, row, wanted.id)
+            write_question(sides_of(run, schema, world), question, row, wanted.id)
             asking = encoded(run, question, trained(run, schema, world).model, "user", world)
             consumed = pq.read_table(question / ANSWERS_FILE)["consumed"][0].as_py()
         return _search(run, wanted, asking.vectors.numpy(), consumed, k, manifest.settings)

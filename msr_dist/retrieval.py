@@ -14,7 +14,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from msr_dist.data.derived import (
@@ -50,27 +49,26 @@ _PROBED_STEPS = 8
 def stage_rows(run: RunConfig, schema: FeatureSchema, index: int, world: World) -> Path:
     """The folder of the rows of a stage, made where it is not there; all ranks together."""
     objective = run.objective(index)
-    folder = run.folder / FOLDER / f"stage-{index}"
+    folder = _place(run, f"stage-{index}")
+    sides, name = sides_of(run, schema, world), run.stages[index].name
     if world.rank == 0:
-        folder.parent.mkdir(exist_ok=True)
-        log.info("stage %s: making its rows", run.stages[index].name)
-        if isinstance(objective, Retrieval):
-            sides = replace(sides_of(run, schema), label=objective.label)
-            summary = write_choices(sides, folder, objective.shown_negatives, objective.uniform_negatives)
-        else:
-            assert isinstance(objective, Contrastive)
-            summary = write_pairs(
-                sides_of(run, schema),
-                folder,
-                space=objective.space,
-                most=objective.pairs,
-                balance=objective.balance,
-                users=objective.sides in ("both", "user"),
-                items=objective.sides in ("both", "item"),
-            )
-        for line in told(summary):
-            log.info("stage %s: %s", run.stages[index].name, line)
-    dist.barrier()
+        log.info("stage %s: its rows are made, unless they are there", name)
+    if isinstance(objective, Retrieval):
+        sides = replace(sides, label=objective.label)
+        summary = write_choices(sides, folder, objective.shown_negatives, objective.uniform_negatives)
+    else:
+        assert isinstance(objective, Contrastive)
+        summary = write_pairs(
+            sides,
+            folder,
+            space=objective.space,
+            most=objective.pairs,
+            balance=objective.balance,
+            users=objective.sides in ("both", "user"),
+            items=objective.sides in ("both", "item"),
+        )
+    for line in told(summary) if world.rank == 0 else ():
+        log.info("stage %s: %s", name, line)
     return folder
 
 
@@ -135,22 +133,21 @@ def evaluate_retrieval(
 
 def catalogue_rows(run: RunConfig, schema: FeatureSchema, world: World) -> Path:
     """The folder of the items of every scenario, made where it is not there; all ranks together."""
-    folder = run.folder / FOLDER / CATALOGUE
-    if world.rank == 0:
-        folder.parent.mkdir(exist_ok=True)
-        write_catalogue(sides_of(run, schema), folder)
-    dist.barrier()
+    folder = _place(run, CATALOGUE)
+    write_catalogue(sides_of(run, schema, world), folder)
     return folder
 
 
 def query_rows(run: RunConfig, schema: FeatureSchema, split: str, world: World) -> Path:
     """The folder of who asks in `split`, made where it is not there; all ranks together."""
-    folder = run.folder / FOLDER / f"queries-{split}"
-    if world.rank == 0:
-        folder.parent.mkdir(exist_ok=True)
-        write_queries(sides_of(run, schema), folder, split)
-    dist.barrier()
+    folder = _place(run, f"queries-{split}")
+    write_queries(sides_of(run, schema, world), folder, split)
     return folder
+
+
+def _place(run: RunConfig, name: str) -> Path:
+    (run.folder / FOLDER).mkdir(exist_ok=True)
+    return run.folder / FOLDER / name
 
 
 def views_apart(run: RunConfig, folder: Path, model: nn.Module, world: World) -> dict[str, float]:
@@ -255,12 +252,13 @@ def _vectors(model: nn.Module, batch: Any, side: Side) -> tuple[Tensor, Tensor]:
     return loss, predictions.logits
 
 
-def sides_of(run: RunConfig, schema: FeatureSchema) -> Sides:
-    """The data of `run`, by side; its last stage says what a choice is."""
+def sides_of(run: RunConfig, schema: FeatureSchema, world: World) -> Sides:
+    """The data of `run`, by side; its last stage says what a choice is, and rank 0 is the one that writes."""
     objective = run.objective(len(run.stages) - 1)
     assert isinstance(run.model, TowersConfig)
     assert isinstance(objective, Retrieval)
-    return Sides(run.data, schema, run.model.user_groups, objective.label, run.seed, run.loader.memory_limit)
+    limit, writes = run.loader.memory_limit, world.rank == 0
+    return Sides(run.data, schema, run.model.user_groups, objective.label, run.seed, limit, writes)
 
 
 def _share(part: int, whole: int) -> str:

@@ -78,7 +78,7 @@ def test_the_nearest_items_that_were_not_chosen_before(tmp_path, run, items, use
     assert [each.about for each in found] == [f"Item {row}" for row in rows]
     with open_world() as world:
         schema = run.read_schema()
-        write_question(sides_of(run, schema), tmp_path / "question", user, scenario)
+        write_question(sides_of(run, schema, world), tmp_path / "question", user, scenario)
         asking = encoded(run, tmp_path / "question", trained(run, schema, world).model, "user", world)
     scores = offered.vectors.half().float().numpy() @ asking.vectors.numpy()[0]
     left = {row: score for row, score in zip(offered.ids.tolist(), scores.tolist(), strict=True) if row not in had}

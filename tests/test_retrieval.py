@@ -13,6 +13,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 import choices
 import command
 from msr_dist.checkpoint import Checkpoint, CheckpointConfig
+from msr_dist.data.derived import read_summary
 from msr_dist.distributed import open_world
 from msr_dist.evaluate import evaluate, judge, trained
 from msr_dist.launch import launch
@@ -108,7 +109,7 @@ def test_how_far_views_are_apart_is_tracked(alone):
 
 
 def test_rows_of_the_stages_stay_with_the_run(alone, data):
-    summary = json.loads((alone / "rows/stage-0/summary.json").read_text())
+    summary = read_summary(alone / "rows/stage-0")
     assert {path.name for path in (alone / "rows").iterdir()} == {
         "stage-0", "stage-1", "catalogue", "queries-valid", "queries-test"
     }  # fmt: skip
@@ -120,7 +121,7 @@ def test_rows_of_the_stages_stay_with_the_run(alone, data):
     assert shares["coverage/users"] == paired / entities
     assert 0 < shares["coverage/users"] < shares["coverage/user_traffic"] < 1
     assert shares["coverage/items"] == shares["coverage/item_traffic"] == 1
-    (line,) = told(json.loads((alone / "rows/stage-1/summary.json").read_text()))
+    (line,) = told(read_summary(alone / "rows/stage-1"))
     rows = choices.read(data / "train")
     chosen = Counter(row["scenario"] for row in rows if row["click"] and row["item"])
     drawn = sum(int(count / 2 + 0.5) for count in chosen.values())

@@ -6,11 +6,14 @@ FOLDER/
   answers.parquet          (queries only) what was chosen, and what had been before
   summary.json             what is worth knowing of them; it is written last
 
-Every folder is whole or absent. DuckDB does the work out of core. Equal data and settings give equal rows.
+Every folder is whole or absent, and made anew where the data or the settings are others than it was made from. DuckDB
+does the work out of core. Equal data and settings give equal rows. One of several processes writes; the others wait.
 """
 
+import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +22,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from msr_dist.data.prepare.database import Database, quoted, text
+from msr_dist.data.prepare.database import Database, DatabaseError, first_line, quoted, text
 from msr_dist.data.prepare.write import write_split
 from msr_dist.files import PARTIAL, write_whole
 from msr_dist.schema import SPLITS, UNSEEN, FeatureSchema, Label, Numeric
 
+FORMAT = 1
+"""Counts up when the same data and settings give other rows."""
 ROWS, ANSWERS_FILE, SUMMARY_FILE = "rows", "answers.parquet", "summary.json"
 LOG_SHARE = "sampling_log_share"
 """Logarithm of the item's share of its scenario's rows."""
@@ -33,6 +38,7 @@ PAIR_LABELS = "user_pair", "item_pair"
 _ROW_GROUP_ROWS = 65536
 _FILE_ROWS = 4_000_000
 _BATCH_ROWS = 65536
+_LOOK_EVERY = 0.1
 _APART = 1 << 64
 _OFFSET = 1 << 40
 
@@ -49,6 +55,8 @@ class Sides:
     """What makes a row one of a choice; None: the first label."""
     seed: int
     memory_limit: str
+    writes: bool = True
+    """Whether this process writes the rows, or waits for another to do it."""
 
     @property
     def chosen_label(self) -> Label:
@@ -145,7 +153,8 @@ def write_choices(sides: Sides, out: Path, shown_negatives: bool, uniform_negati
         }
         return made, sql, rows, summary
 
-    return _write(sides, out, make)
+    settings = [shown_negatives, uniform_negatives]
+    return _write(sides, out, settings, make)
 
 
 def write_pairs(
@@ -239,7 +248,8 @@ def write_pairs(
         )
         return made, sql, database.row("SELECT count(*) FROM views")[0], summary
 
-    return _write(sides, out, make, together=2)
+    settings = [space, most, balance, items, users]
+    return _write(sides, out, settings, make, together=2)
 
 
 def write_catalogue(sides: Sides, out: Path) -> dict[str, Any]:
@@ -264,7 +274,7 @@ def write_catalogue(sides: Sides, out: Path) -> dict[str, Any]:
         summary = {"items": {each.name: counts.get(each.id, 0) for each in sides.schema.scenarios}}
         return _plain(sides), sql, sum(counts.values()), summary
 
-    return _write(sides, out, make)
+    return _write(sides, out, [], make)
 
 
 def write_queries(sides: Sides, out: Path, split: str) -> dict[str, Any]:
@@ -342,7 +352,7 @@ def write_queries(sides: Sides, out: Path, split: str) -> dict[str, Any]:
         }
         return _plain(sides), sql, queries, summary
 
-    return _write(sides, out, make)
+    return _write(sides, out, [split], make)
 
 
 def write_question(sides: Sides, out: Path, user: int, scenario: int) -> dict[str, Any]:
@@ -381,7 +391,7 @@ def write_question(sides: Sides, out: Path, user: int, scenario: int) -> dict[st
         )
         return _plain(sides), sql, 1, {"queries": 1}
 
-    return _write(sides, out, make)
+    return _write(sides, out, [user, scenario], make)
 
 
 def read_schema(folder: Path) -> FeatureSchema:
@@ -392,12 +402,20 @@ def read_schema(folder: Path) -> FeatureSchema:
 def read_summary(folder: Path) -> dict[str, Any]:
     """What was said when `folder` was written."""
     summary: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text())
+    del summary["made_from"]
     return summary
 
 
-def is_there(folder: Path) -> bool:
-    """Whether `folder` is whole."""
-    return (folder / SUMMARY_FILE).is_file()
+def _made_from(sides: Sides, settings: Sequence[Any]) -> str:
+    """Digest of what rows are made from: names and sizes stand for the files, as anywhere else that is asked often."""
+    schema = sides.schema.model_dump(mode="json", exclude={"tables", "knowledge"})
+    files = [
+        [split, file.name, file.stat().st_size]
+        for split in SPLITS
+        for file in sorted((sides.data / split).glob("*.parquet"))
+    ]
+    parts = [FORMAT, schema, sides.user_groups, sides.label, sides.seed, list(settings), files]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _plain(sides: Sides) -> FeatureSchema:
@@ -408,26 +426,52 @@ def _plain(sides: Sides) -> FeatureSchema:
 def _write(
     sides: Sides,
     out: Path,
+    settings: Sequence[Any],
     make: "Callable[[_Work], tuple[FeatureSchema, str, int, dict[str, Any]]]",
     together: int = 1,
 ) -> dict[str, Any]:
-    if is_there(out):
-        return read_summary(out)
+    made_from = _made_from(sides, settings)
+    # Not a barrier, which gives up after minutes: these may be the rows of days.
+    while not _is_made(out, made_from):
+        if sides.writes:
+            _make(sides, out, made_from, make, together)
+        else:
+            time.sleep(_LOOK_EVERY)
+    return read_summary(out)
+
+
+def _is_made(folder: Path, made_from: str) -> bool:
+    try:
+        found: bool = json.loads((folder / SUMMARY_FILE).read_text())["made_from"] == made_from
+    except FileNotFoundError:
+        return False
+    return found
+
+
+def _make(
+    sides: Sides,
+    out: Path,
+    made_from: str,
+    make: "Callable[[_Work], tuple[FeatureSchema, str, int, dict[str, Any]]]",
+    together: int,
+) -> None:
     partial = out.with_name(out.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "work").mkdir(parents=True)
-    with Database(partial / "work", sides.memory_limit, None) as database:
-        work = _Work(sides, database, partial)
-        schema, sql, rows, summary = make(work)
-        fields = _arrow(schema)
-        batches = (batch.select(fields.names) for batch in database.stream(sql, _BATCH_ROWS))
-        write_split(partial / ROWS, fields, batches, rows, _ROW_GROUP_ROWS, _FILE_ROWS, together)
+    try:
+        with Database(partial / "work", sides.memory_limit, None) as database:
+            schema, sql, rows, summary = make(_Work(sides, database, partial))
+            fields = _arrow(schema)
+            batches = (batch.select(fields.names) for batch in database.stream(sql, _BATCH_ROWS))
+            write_split(partial / ROWS, fields, batches, rows, _ROW_GROUP_ROWS, _FILE_ROWS, together)
+    except DatabaseError as error:
+        advice = "is the disk full, or loader.memory_limit too small?"
+        raise ValueError(f"{out}: the database failed ({first_line(error)}); {advice}") from error
     shutil.rmtree(partial / "work")
     schema.model_copy(update={"knowledge": None}).save(partial)
-    write_whole(partial / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+    write_whole(partial / SUMMARY_FILE, json.dumps({"made_from": made_from} | summary, indent=1) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
-    return summary
 
 
 class _Work:

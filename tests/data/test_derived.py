@@ -2,7 +2,9 @@
 
 import hashlib
 import shutil
+import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations
 
@@ -363,7 +365,7 @@ def test_equal_seeds_give_equal_bytes(tmp_path, data, what):
         WRITERS[what](sides_of(data, seed=seed), tmp_path / name)
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "again")
     # Only what is drawn depends on the seed.
-    assert (bytes_of(tmp_path / "one") != bytes_of(tmp_path / "other")) == (what in ("choices", "pairs"))
+    assert (bytes_of(tmp_path / "one" / ROWS) != bytes_of(tmp_path / "other" / ROWS)) == (what in ("choices", "pairs"))
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -469,3 +471,37 @@ def test_what_is_not_there_is_said(tmp_path, data):
 def test_no_choice_may_be_asked_of_what_was_trained_on(tmp_path, data):
     with pytest.raises(ValueError, match=r"'train'.*choose valid or test"):
         write_queries(sides_of(data), tmp_path / "rows", "train")
+
+
+def test_rows_of_other_data_or_settings_are_made_anew(tmp_path, data):
+    out, copied = tmp_path / "rows", shutil.copytree(data, tmp_path / "data")
+    first = write_choices(sides_of(copied), out, shown_negatives=False, uniform_negatives=0.0)
+    more = write_choices(sides_of(copied), out, shown_negatives=True, uniform_negatives=0.0)
+    assert more["shown"] > first["shown"] == 0
+    # The training rows have become fewer.
+    lost = sorted((copied / "train").glob("*.parquet"))[0]
+    lost.unlink()
+    less = write_choices(sides_of(copied), out, shown_negatives=True, uniform_negatives=0.0)
+    assert sum(less["choices"].values()) < sum(more["choices"].values())
+    # Where data and rows lie is no matter.
+    marker = (out / "summary.json").stat().st_mtime_ns
+    moved = copied.rename(tmp_path / "moved")
+    assert write_choices(sides_of(moved), out, shown_negatives=True, uniform_negatives=0.0) == less
+    assert (out / "summary.json").stat().st_mtime_ns == marker
+
+
+def test_one_process_writes_and_the_others_wait(tmp_path, data):
+    out = tmp_path / "rows"
+    with ThreadPoolExecutor(1) as other:
+        waiting = other.submit(write_catalogue, sides_of(data, writes=False), out)
+        time.sleep(0.3)
+        assert not waiting.done()
+        assert not out.exists()
+        summary = write_catalogue(sides_of(data), out)
+        assert waiting.result(timeout=20) == summary
+
+
+def test_a_database_without_memory_is_one_line(tmp_path, data):
+    with pytest.raises(ValueError, match=r"rows: the database failed \(.*loader\.memory_limit too small\?$"):
+        write_choices(sides_of(data, memory_limit="1MB"), tmp_path / "rows", False, 0.0)
+    assert not (tmp_path / "rows").exists()

@@ -7,6 +7,9 @@ from typing import Any, Self
 import duckdb
 import pyarrow as pa
 
+DatabaseError = duckdb.Error
+"""What a statement raises that failed, for want of disk or memory among other things."""
+
 
 class Database:
     """A DuckDB database in a folder of its own, with limits on memory and threads."""
