@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -31,7 +31,7 @@ from pydantic import Field
 from quality_grid import DataConfig, SearchConfig, Value, commit_of_code
 from scipy import sparse, stats
 
-from msr_dist.config import Config, dump, load, merge, parse
+from msr_dist.config import Config, dump, kind_config, load, merge, parse
 from msr_dist.data.derived import ANSWERS_FILE, ROWS, read_summary
 from msr_dist.distributed import open_world
 from msr_dist.evaluate import metrics_file
@@ -60,6 +60,11 @@ class ModelConfig(Config):
     untrained: Literal["popularity", "item_item"] | None = None
     """It learns nothing: a scenario's most chosen items, or those that go with what the user chose anywhere."""
 
+    @property
+    def set_of_model(self) -> list[str]:
+        """The overrides of the model's own section."""
+        return [each for each in self.set if each.strip().startswith("model.")]
+
 
 class GridConfig(Config):
     """Models x data sets x seeds."""
@@ -72,7 +77,7 @@ class GridConfig(Config):
     run: dict[str, Any] = {}
     """Keys of a run's configuration that all runs share."""
     search: SearchConfig = SearchConfig()
-    """Keys of the space call a stage by its name; those that a model does not have are left out for it."""
+    """Its keys, as those of `data.set`, call a stage by its name; what a model does not have is left out for it."""
     data: tuple[DataConfig, ...] = Field(min_length=1)
     models: dict[str, ModelConfig] = Field(min_length=1)
 
@@ -129,7 +134,8 @@ class Grid:
         """The search of a model: pieces that end at the valid split."""
         if self.config.models[model].untrained:
             return []
-        drawn = [self._known(model, trial) for trial in self.config.search.draw(data)]
+        draws = self.config.search.draw(data)
+        drawn = [{key: value for key, value in draw.items() if self._has(model, key)} for draw in draws]
         once = [trial for place, trial in enumerate(drawn) if trial not in drawn[:place]]
         return [self._piece(data, model, self.config.search.seed, trial, "valid") for trial in once]
 
@@ -159,18 +165,23 @@ class Grid:
         kept = self.config.models[model].stages
         return [name for name in names if kept is None or name in kept]
 
-    def _known(self, model: str, trial: dict[str, Value]) -> dict[str, Value]:
-        """The settings of a trial that a model has."""
-        stages = self._stages(model)
-        return {
-            key: value for key, value in trial.items() if key.split(".")[0] != "stages" or key.split(".")[1] in stages
-        }
+    def _has(self, model: str, key: str) -> bool:
+        """Whether a setting is one of this model's."""
+        section, name, *_ = key.split(".")
+        if section == "stages":
+            return name in self._stages(model)
+        return section != "model" or name in self._fields(model)
+
+    def _fields(self, model: str) -> Collection[str]:
+        raw = merge({"model": self.config.run.get("model", {})}, self.config.models[model].set_of_model)
+        return kind_config("msr_dist.models", raw["model"]["kind"]).model_fields
 
     def _piece(self, data: DataConfig, model: str, seed: int, chosen: dict[str, Value], split: str) -> Piece:
         config, stages = self.config.models[model], self._stages(model)
         raw = copy.deepcopy(self.config.run)
         raw["stages"] = [stage for stage in raw["stages"] if stage["name"] in stages]
-        given = [*data.set, *config.set, *(f"{key}={json.dumps(value)}" for key, value in chosen.items())]
+        of_data = [each for each in data.set if self._has(model, each.partition("=")[0].strip())]
+        given = [*of_data, *config.set, *(f"{key}={json.dumps(value)}" for key, value in chosen.items())]
         for place, name in enumerate(stages):
             given = [each.replace(f"stages.{name}.", f"stages.{place}.", 1) for each in given]
         evaluation = {"validate_epochs": 0, "final": split} | raw.pop("evaluation", {})
@@ -366,11 +377,12 @@ def _section(grid: Grid, data: DataConfig) -> str:
     if not by_model:
         return f"## {data.name}\n\nNo results yet."
     first = RetrievalReport.from_json(next(iter(next(iter(by_model.values())).values()))["report"])
-    small = min((name for name in first.queries if first.queries[name]), key=lambda name: first.queries[name])
+    rows = {each.name: each.rows or 0 for each in FeatureSchema.read(data.folder).scenarios}
+    small = min((name for name in first.queries if first.queries[name]), key=lambda name: rows[name])
     cuts = sorted({int(name.rsplit("_", 1)[1]) for name in first.mean})
     heads = ["model", "seeds", *(f"{metric.replace('_', ' ')}@{k}" for k in cuts for metric in _METRICS[:2])]
     heads += [*(f"{name} {grid.config.judge.replace('_at_', '@')}" for name in first.scenarios), "chosen", "s/run"]
-    rows = [heads]
+    table = [heads]
     for model, runs in by_model.items():
         reports = [RetrievalReport.from_json(line["report"]) for line in runs.values()]
         cells = [model, str(len(runs))]
@@ -381,12 +393,12 @@ def _section(grid: Grid, data: DataConfig) -> str:
         ]
         line = next(iter(runs.values()))
         chosen = ", ".join(f"{key.removeprefix('stages.')} {value}" for key, value in line["chosen"].items())
-        rows.append([*cells, chosen, f"{mean(each['seconds'] for each in runs.values()):.0f}"])
+        table.append([*cells, chosen, f"{mean(each['seconds'] for each in runs.values()):.0f}"])
     claims = [_claim(grid, by_model, small, better, worse) for better, worse in grid.config.against]
     commits = sorted({line["commit"] for runs in by_model.values() for line in runs.values()})
     asked = ", ".join(f"{name} {first.queries[name]:,} users, {first.items[name]:,} items" for name in first.queries)
     return "\n".join(
-        [f"## {data.name}", "", f"`{data.prepare}`; {asked}. Commits: {', '.join(commits)}.", "", *_table(rows), ""]
+        [f"## {data.name}", "", f"`{data.prepare}`; {asked}. Commits: {', '.join(commits)}.", "", *_table(table), ""]
         + [f"- {claim}" for claim in claims if claim]
     )
 

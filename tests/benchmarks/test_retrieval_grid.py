@@ -29,16 +29,24 @@ def write_grid(folder: Path, data: Path, **changes) -> Path:
             "model": {"kind": "sass", "widths": [8]},
             "evaluation": {"top_k": [5]},
             "stages": [
-                {"name": "contrast", "objective": "contrastive"},
+                {"name": "contrast", "objective": {"kind": "contrastive"}},
                 {"name": "choose", "objective": {"kind": "retrieval"}},
             ],
         },
         "search": {"trials": 2, "space": {"stages.choose.dense.lr": [0.001, 0.01], "stages.contrast.epochs": [1, 2]}},
-        "data": [{"name": "small", "folder": str(data), "prepare": "none"}],
+        "data": [
+            {
+                "name": "small",
+                "folder": str(data),
+                "prepare": "none",
+                # Of which the plain towers have neither.
+                "set": ["model.share_gates=true", "stages.contrast.objective.pairs=3"],
+            }
+        ],
         "models": {
             "popular": {"untrained": "popularity", "stages": ["choose"]},
             "alike": {"untrained": "item_item", "stages": ["choose"]},
-            "base": {"stages": ["choose"]},
+            "base": {"set": ["model.kind='two_tower'"], "stages": ["choose"]},
             "sass": {},
         },
     }
