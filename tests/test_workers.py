@@ -138,14 +138,19 @@ def test_a_worker_that_is_never_made_holds_nothing_up(tmp_path, elsewhere):
 
 @pytest.fixture
 def hog(request):
-    """Takes cores of the cluster's four; call it with how many, and what it returns with nothing to end it."""
+    """Takes the cluster's free cores but some; call it with how many, and what it returns with nothing to end it."""
     request.getfixturevalue("ray_cluster")
     import ray
 
     actors = []
 
-    def begin(cores):
-        actor = ray.remote(num_cpus=cores)(working.Hog).remote()
+    def begin(leaving):
+        # Other tests' actors may still be going, and what Ray Train has kept for itself stays taken.
+        free = [-1, int(ray.available_resources().get("CPU", 0))]
+        while free[-1] != free[-2]:
+            time.sleep(1)
+            free.append(int(ray.available_resources().get("CPU", 0)))
+        actor = ray.remote(num_cpus=free[-1] - leaving)(working.Hog).remote()
         ray.get(actor.here.remote())
         actors.append(actor)
         return lambda: ray.kill(actor)
@@ -156,7 +161,7 @@ def hog(request):
 
 
 def test_an_actor_that_the_cluster_has_no_room_for_holds_nothing_up(tmp_path, hog):
-    hog(cores=3)
+    hog(leaving=1)
     with Workers(working.Squares(tmp_path), "ray", 2, device="cpu") as workers:
         assert dict(workers.spread(range(50))) == {piece: piece**2 for piece in range(50)}
     assert len(list(tmp_path.glob("made-*"))) == 1
@@ -164,7 +169,7 @@ def test_an_actor_that_the_cluster_has_no_room_for_holds_nothing_up(tmp_path, ho
 
 def test_a_full_cluster_is_told_and_waited_for(tmp_path, hog, caplog, monkeypatch):
     monkeypatch.setattr("msr_dist.workers._PATIENCE", 0.2)
-    end = hog(cores=4)
+    end = hog(leaving=0)
     with Workers(working.Squares(tmp_path), "ray", 2, device="cpu") as workers:
         timer = threading.Timer(1, end)
         timer.start()
