@@ -230,15 +230,17 @@ def retrieve(run: Path, user: str, scenario: str, k: int) -> None:
     set_threads(1)
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from msr_dist.index import retrieve as find
     from msr_dist.run import read_run
 
-    table = Table(title=f"user {user}, {scenario}")
+    table = Table(title=Text(f"user {user}, {scenario}"))
     for heading in ("", "item", "about", "cosine"):
         table.add_column(heading, overflow="fold")
     for found in find(read_run(run), user, scenario, k):
-        table.add_row(str(found.place), str(found.id), found.about, f"{found.score:.4f}")
+        # As text: brackets in a title are no markup.
+        table.add_row(str(found.place), Text(str(found.id)), Text(found.about), f"{found.score:.4f}")
     Console(width=None if Console().is_terminal else 120).print(table)
 
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import Field
 from rich.table import Table
+from rich.text import Text
 
 from msr_dist.checkpoint import Checkpoints
 from msr_dist.config import Config, parse
@@ -73,7 +74,7 @@ class ScenarioIndex(Config):
 class Manifest(Config):
     """What an index is."""
 
-    format: int = 1
+    format: Literal[1] = 1
     checkpoint: str
     width: int
     settings: IndexConfig
@@ -88,7 +89,8 @@ class Manifest(Config):
         for each in self.scenarios:
             measured = (each.recall, each.exact_ms, each.graph_ms)
             cells = ["-" if value is None else f"{value:.4f}" for value in measured]
-            table.add_row(each.scenario, f"{each.items:,}", *cells)
+            # A name in brackets is no markup.
+            table.add_row(Text(each.scenario), f"{each.items:,}", *cells)
         return table
 
 
@@ -123,7 +125,7 @@ def export_index(run: RunConfig, settings: IndexConfig) -> None:
 
 
 def read_manifest(run: RunConfig) -> Manifest:
-    """What the index of `run` is; ValueError where there is none, or an older checkpoint's."""
+    """What the index of `run` is; ValueError where there is none."""
     file = run.folder / FOLDER / MANIFEST_FILE
     if not file.is_file():
         raise ValueError(f"{run.folder}: no index there; make it with `msr-dist export-index {run.folder}`")
@@ -176,9 +178,7 @@ def _write(
         columns = {
             "row": pa.array(offered.ids.numpy()),
             "id": names.take(pa.array(offered.ids.numpy())),
-            "vector": pa.FixedSizeListArray.from_arrays(
-                pa.array(vectors.astype(np.float16).ravel()), vectors.shape[1] if vectors.size else 1
-            ),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).ravel()), vectors.shape[1]),
         }
         pq.write_table(pa.table(columns), partial / _items_file(scenario), compression="zstd")
         graph = _graph(vectors, settings)

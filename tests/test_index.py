@@ -32,7 +32,7 @@ def run(tmp_path_factory):
         columns = {"row": known, "id": [f"{table[0]}{row:03}" for row in known], "count": [1] * len(known)}
         pq.write_table(pa.table(columns), data / f"vocabulary/{table}.parquet")
     rows = list(range(1, choices.ITEMS))
-    texts = {"row": rows, "id": [f"i{row:03}" for row in rows], "title": [f"Item\n {row}" for row in rows]}
+    texts = {"row": rows, "id": [f"i{row:03}" for row in rows], "title": [f"Item [new]\n {row}" for row in rows]}
     pq.write_table(pa.table(texts), data / "items.parquet")
     stages = [{"objective": "retrieval", "epochs": 2, "dense": {"lr": 0.01}, "sparse": {"lr": 0.1}}]
     made = run_config(tmp_path_factory.mktemp("index"), data, stages=stages).claim_folder()
@@ -75,7 +75,7 @@ def test_the_nearest_items_that_were_not_chosen_before(tmp_path, run, items, use
     rows = [int(str(each.id)[1:]) for each in found]
     assert not had & set(rows)
     assert set(rows) <= set(offered.ids.tolist())
-    assert [each.about for each in found] == [f"Item {row}" for row in rows]
+    assert [each.about for each in found] == [f"Item [new] {row}" for row in rows]
     with open_world() as world:
         schema = run.read_schema()
         write_question(sides_of(run, schema, world), tmp_path / "question", user, scenario)
@@ -115,7 +115,7 @@ def test_the_commands(run):
     assert "abroad" in done.stdout
     done = command.call("retrieve", run.folder, "--user", "u007", "--scenario", "tiny", "-k", 3)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Item ") == 3
+    assert done.stdout.count("Item [new] ") == 3
     done = command.call("retrieve", run.folder, "--user", "u007", "--scenario", "tinny")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
