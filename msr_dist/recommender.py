@@ -88,7 +88,7 @@ class Predictions:
     """What a forward pass says about its rows. `B` rows, `T` labels."""
 
     logits: Tensor
-    """`[B, T]`, detached; of two towers `[B, d]`, the vectors of the side that was asked for, or nothing."""
+    """`[B, T]`, detached; T is 0 where two towers train."""
     loss: Tensor
     """Scalar, detached: this rank's part of the loss, whose average over ranks is the loss of the global batch. It is
     of the backbone's own logits, also where others stand in for a scenario without training rows."""
@@ -129,12 +129,13 @@ class Recommender(nn.Module):
             else Head(schema, model, config.attention_widths)
         )
 
-    def forward(self, batch: ScenarioBatch, side: Side | None = None) -> tuple[Tensor, Predictions]:
-        """The loss to minimise and the predictions of this rank's rows; two towers predict vectors, of a `side`."""
+    def forward(self, batch: ScenarioBatch, side: Side | None = None) -> tuple[Tensor, Predictions] | Tensor:
+        """The loss to minimise and the predictions of this rank's rows; or, of two towers, the vectors of a `side`."""
         pooled = None if self.embeddings is None else self.embeddings(batch.ids)
         lists = None if self.sequences is None else self.sequences(batch.ids)
         known = None if self.knowledge is None else self.knowledge(batch.ids)
-        result: tuple[Tensor, Predictions] = self.head(pooled, lists, batch, known, side)
+        # Which it is, the head decides: TorchRec's tracer runs through here once, for all batches to come.
+        result: tuple[Tensor, Predictions] | Tensor = self.head(pooled, lists, batch, known, side)
         return result
 
     def reserved_rows(self, schema: FeatureSchema) -> dict[str, int]:
@@ -290,13 +291,12 @@ class TowersHead(_Lookups):
         batch: ScenarioBatch,
         known: KeyedTensor | None = None,
         side: Side | None = None,
-    ) -> tuple[Tensor, Predictions]:
-        """The objective's loss in training; the vectors of `side`, where one is asked for."""
+    ) -> tuple[Tensor, Predictions] | Tensor:
+        """The objective's loss; or the vectors of `side`, `[B, d]`, where one is asked for."""
         inputs = self._inputs(pooled, lists, batch, known)
         inputs = replace(inputs, scenario=self.owners[inputs.scenario])
         if side is not None:
-            vectors = (self.towers.user if side == "user" else self.towers.item)(inputs)
-            return vectors.sum(), Predictions(vectors.detach(), vectors.new_zeros(()))
+            return self.towers.user(inputs) if side == "user" else self.towers.item(inputs)
         assert self._objective is not None
         # Rows of choices have one column more than the model knows of.
         sampled = batch.numeric.shape[1] > self._numeric_width

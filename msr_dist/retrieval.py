@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
+from msr_dist.batch import ScenarioBatch
 from msr_dist.data.derived import (
     ANSWERS_FILE,
     ROWS,
     Sides,
-    read_schema,
     read_summary,
     write_catalogue,
     write_choices,
@@ -163,9 +163,8 @@ def views_apart(run: RunConfig, folder: Path, model: nn.Module, world: World) ->
     for label, side in enumerate(sides):
         vectors, scenarios = [], []
         for batch in loader.batches(0, min(_PROBED_STEPS, loader.order.steps)):
-            _, predictions = _vectors(model, batch.to(world.device), side)
             mine = (batch.weights[:, label] * batch.labels[:, label] > 0).nonzero().squeeze(1)
-            vectors.append(predictions.cpu()[mine])
+            vectors.append(_vectors(model, batch.to(world.device), side).cpu()[mine])
             scenarios.append(batch.scenario[mine])
         views, scenario = world.gather(torch.cat(vectors)), world.gather(torch.cat(scenarios))
         if len(views) < 4:
@@ -214,7 +213,7 @@ class Vectors:
 
 def encoded(run: RunConfig, folder: Path, model: nn.Module, side: Side, world: World) -> Vectors:
     """Vectors of a side, of those rows in `folder` that are this rank's to read."""
-    schema = read_schema(folder)
+    schema = FeatureSchema.read(folder)
     loader = rows_loader(run, folder, world, run.evaluation.batch_size)
     name, table = (schema.user, schema.user_table) if side == "user" else (schema.item, schema.item_table)
     progress = Progress(f"vectors of {folder.name}", loader.order.steps, shown=world.rank == 0)
@@ -222,8 +221,8 @@ def encoded(run: RunConfig, folder: Path, model: nn.Module, side: Side, world: W
     for batch in loader.batches(0, loader.order.steps):
         real = batch.row >= 0
         ids = batch.ids[name].values() // schema.copies(table)
-        _, vectors = _vectors(model, batch.to(world.device), side)
-        parts.append((batch.scenario[real], ids[real], vectors.cpu()[real]))
+        vectors = _vectors(model, batch.to(world.device), side).cpu()
+        parts.append((batch.scenario[real], ids[real], vectors[real]))
         progress.advance()
     progress.close()
     scenario, ids, vectors = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -232,7 +231,7 @@ def encoded(run: RunConfig, folder: Path, model: nn.Module, side: Side, world: W
 
 def rows_loader(run: RunConfig, folder: Path, world: World, batch_size: int, together: int = 1) -> Loader:
     """Batches of all rows in `folder`, in the order of its files."""
-    schema = read_schema(folder)
+    schema = FeatureSchema.read(folder)
     source = ParquetSource(folder / ROWS, schema)
     order = Order(
         group_rows=tuple(group.rows // together for group in source.row_groups),
@@ -243,13 +242,13 @@ def rows_loader(run: RunConfig, folder: Path, world: World, batch_size: int, tog
     return Loader(source, schema, order, world.rank, world.world_size, run.loader, together)
 
 
-def _vectors(model: nn.Module, batch: Any, side: Side) -> tuple[Tensor, Tensor]:
+def _vectors(model: nn.Module, batch: ScenarioBatch, side: Side) -> Tensor:
     training = model.training
     model.eval()
     with torch.no_grad():
-        loss, predictions = model(batch, side)
+        vectors: Tensor = model(batch, side)
     model.train(training)
-    return loss, predictions.logits
+    return vectors
 
 
 def sides_of(run: RunConfig, schema: FeatureSchema, world: World) -> Sides:

@@ -57,7 +57,7 @@ class Feed:
 
     loader: Loader
     folder: Path
-    """Where they are."""
+    """Where they are, and what is known of them."""
 
 
 def train(run: RunConfig, validated: Callable[[int, Report | RetrievalReport], None] | None = None) -> None:
@@ -103,13 +103,13 @@ def check(run: RunConfig, world_size: int) -> None:
 def _feed(run: RunConfig, schema: FeatureSchema, index: int, world: World) -> Feed:
     """What the stage of that index trains on."""
     objective = run.objective(index)
-    folder, together = run.data / "train", 1
+    folder = rows = run.data / "train"
     if not isinstance(objective, Labels):
-        made = stage_rows(run, schema, index, world)
-        schema, folder = FeatureSchema.read(made), made / ROWS
-        together = 2 if isinstance(objective, Contrastive) else 1
-    source = ParquetSource(folder, schema)
-    order = _order(run, source, folder, together)
+        folder = stage_rows(run, schema, index, world)
+        schema, rows = FeatureSchema.read(folder), folder / ROWS
+    together = 2 if isinstance(objective, Contrastive) else 1
+    source = ParquetSource(rows, schema)
+    order = _order(run, source, rows, together)
     return Feed(Loader(source, schema, order, world.rank, world.world_size, run.loader, together), folder)
 
 
@@ -162,7 +162,7 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
     end: Checkpoint | None = None
     shown: dict[str, str] = {}
     if isinstance(run.objective(state.stage), Contrastive) and state.step == 0:
-        shares = coverage(read_summary(feed.folder.parent))
+        shares = coverage(read_summary(feed.folder))
         session.tracker.log({f"{stage.name}/{name}": value for name, value in shares.items()}, tracked)
     for step in range(state.step, steps):
         sharded.scale_learning_rates(stage.schedule.factor(step, steps), tables=float(step >= stage.frozen_tables))
@@ -184,7 +184,7 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
         if epoch_ends and run.evaluation.validates_after(state.step // order.steps):
             pipeline.detach()
             if isinstance(run.objective(state.stage), Contrastive):
-                apart = views_apart(run, feed.folder.parent, sharded.model, world)
+                apart = views_apart(run, feed.folder, sharded.model, world)
                 session.tracker.log(
                     {f"{stage.name}/{name}": value for name, value in apart.items()}, tracked + state.step
                 )

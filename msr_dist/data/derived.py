@@ -394,11 +394,6 @@ def write_question(sides: Sides, out: Path, user: int, scenario: int) -> dict[st
     return _write(sides, out, [user, scenario], make)
 
 
-def read_schema(folder: Path) -> FeatureSchema:
-    """What the rows in `folder` are."""
-    return FeatureSchema.read(folder)
-
-
 def read_summary(folder: Path) -> dict[str, Any]:
     """What was said when `folder` was written."""
     summary: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text())

@@ -20,7 +20,6 @@ from msr_dist.data.derived import (
     LOG_SHARE,
     ROWS,
     Sides,
-    read_schema,
     read_summary,
     write_catalogue,
     write_choices,
@@ -91,7 +90,7 @@ def bytes_of(folder) -> str:
 
 def readable(folder) -> FeatureSchema:
     """The schema of rows that training can read, all of them checked."""
-    schema = read_schema(folder)
+    schema = FeatureSchema.read(folder)
     source = ParquetSource(folder / ROWS, schema)
     for group in range(len(source.row_groups)):
         source.read(group)
