@@ -119,6 +119,8 @@ class RunConfig(Config):
                     f"stages.{wrong[0]}.objective: {objectives[wrong[0]].kind!r} is for two towers, and model.kind "
                     f"{kind!r} predicts labels; leave it out, or choose model.kind 'sass' or 'two_tower'"
                 )
+            if self.evaluation.top_k != EvaluationConfig().top_k:
+                raise ValueError(f"evaluation.top_k: model.kind {kind!r} retrieves nothing; leave it out")
             return self
         wrong = [index for index, each in enumerate(objectives) if isinstance(each, Labels)]
         if wrong:
@@ -160,11 +162,19 @@ class RunConfig(Config):
                 "`msr-dist extract`, and name the folder with knowledge.store=STORE"
             )
         if self.knowledge is not None and not (self.model.reads_knowledge or self.model.takes_knowledge):
+            wrapped = f"wrap the model with model.kind='llm4msr' and model.backbone.kind={self.model.kind!r}"
+            other = "choose model.kind='sass'" if self.retrieves else wrapped
             raise ValueError(
-                f"knowledge: kind {self.model.kind!r} does not read it: leave that section out, or wrap the model with "
-                f"model.kind='llm4msr' and model.backbone.kind={self.model.kind!r}"
+                f"knowledge: kind {self.model.kind!r} does not read it: leave that section out, or {other}"
             )
         schema = self.embeddings.apply(FeatureSchema.read(self.data))
+        for index in range(len(self.stages)):
+            objective, known = self.objective(index), [label.name for label in schema.labels]
+            if isinstance(objective, Retrieval) and objective.label not in (None, *known):
+                raise ValueError(
+                    f"stages.{index}.objective.label: there is no label {objective.label!r}; {self.data} has "
+                    f"{', '.join(known)}"
+                )
         if self.knowledge is not None:
             schema = self.knowledge.apply(schema, self.data)
         return self.model.adapt(schema)

@@ -385,6 +385,10 @@ def test_what_stages_minimise(tmp_path, data):
         ({"stages": [{"objective": {"kind": "retrieval", "loss": "bce"}}]}, r"loss 'bce' needs rows with label 0"),
         ({"stages": [{"objective": "recall"}]}, r"'labels', 'retrieval', 'contrastive'"),
         ({"evaluation": {"top_k": []}}, "top_k"),
+        (
+            {"model": {"kind": "star"}, "stages": [{}], "evaluation": {"top_k": [7]}},
+            r"evaluation\.top_k: model\.kind 'star' retrieves nothing; leave it out",
+        ),
     ],
 )
 def test_objectives_that_do_not_fit(tmp_path, data, changes, words):
@@ -395,5 +399,14 @@ def test_objectives_that_do_not_fit(tmp_path, data, changes, words):
 def test_a_label_that_is_not_there(tmp_path, data):
     objective = {"kind": "retrieval", "label": "like"}
     run: RunConfig = run_config(tmp_path, data, stages=[{"objective": objective}]).claim_folder()
-    with pytest.raises(ValueError, match=r"there is no label 'like'; .* has click, buy"):
-        train(run)
+    for told_by in (train, lambda run: check(run, 1)):
+        with pytest.raises(
+            ValueError, match=r"^stages\.0\.objective\.label: there is no label 'like'; .* has click, buy"
+        ):
+            told_by(run)
+
+
+def test_towers_that_read_no_knowledge(tmp_path, data):
+    model, knowledge = {"kind": "two_tower"}, {"store": "nothing", "width": 8}
+    with pytest.raises(ValueError, match=r"'two_tower' does not read it: .*, or choose model\.kind='sass'$"):
+        run_config(tmp_path, data, model=model, stages=[{}], knowledge=knowledge).read_schema()

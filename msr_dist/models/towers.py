@@ -51,6 +51,8 @@ class TowersConfig(ModelConfig, ABC):
             if unknown or not groups:
                 what = f"there is no group {unknown[0]!r}" if unknown else "a tower needs features"
                 raise ValueError(f"model.{key}: {what}; the data have {', '.join(known)}")
+            if len(set(groups)) < len(groups):
+                raise ValueError(f"model.{key}: {', '.join(groups)} names a group twice; name each once")
         both = sorted(set(self.user_groups) & set(self.item_groups))
         if both:
             raise ValueError(f"model.user_groups and model.item_groups both name {both[0]!r}: a tower has its own side")

@@ -123,6 +123,7 @@ class TestAdapt:
             ({"item_groups": ("items",)}, r"model\.item_groups: there is no group 'items'; the data have user, item"),
             ({"item_groups": ()}, r"model\.item_groups: a tower needs features; the data have user, item, context"),
             ({"user_groups": ()}, r"model\.user_groups: a tower needs features"),
+            ({"user_groups": ("user", "user")}, r"model\.user_groups: user, user names a group twice; name each once"),
             (
                 {"item_groups": ("item", "user")},
                 r"model\.user_groups and model\.item_groups both name 'user': a tower has its own side",
