@@ -241,12 +241,12 @@ class Case:
     @property
     def key(self) -> str:
         """Names everything that decides the result."""
-        return _key(self.model, self.data_digest, _settings(self.run))
+        return _key(self.model, self.data_digest, settings_of(self.run))
 
     def line(self, outcome: Outcome) -> Outcome:
         """The line for what `execute` has returned, or for {"failed": reason}."""
         named = {"model": self.model, "data": self.data, "seed": self.run.seed, "chosen": self.chosen}
-        return named | outcome | {"data_digest": self.data_digest, "settings": _settings(self.run), "key": self.key}
+        return named | outcome | {"data_digest": self.data_digest, "settings": settings_of(self.run), "key": self.key}
 
 
 @dataclass(frozen=True)
@@ -516,7 +516,7 @@ def _place(run: RunConfig, key: str) -> str | None:
     return found
 
 
-def _settings(run: RunConfig) -> dict[str, Any]:
+def settings_of(run: RunConfig) -> dict[str, Any]:
     """What decides a run's losses; the data are told by their digest."""
     settings = run.model_dump(mode="json", include={"seed", *SEARCHABLE})
     if run.knowledge is not None:
@@ -550,7 +550,7 @@ def key_of(line: Line) -> str | None:
         run = parse(RunConfig, raw, where="stored")
     except ValueError:
         return None
-    return _key(line.model, line.data_digest, _settings(run))
+    return _key(line.model, line.data_digest, settings_of(run))
 
 
 def _key(model: str, data_digest: str, settings: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from pydantic import Field
-from quality_grid import DataConfig, SearchConfig, Value, commit_of_code
+from quality_grid import DataConfig, SearchConfig, Value, commit_of_code, settings_of
 from scipy import sparse, stats
 
 from msr_dist.config import Config, dump, kind_config, load, merge, parse
@@ -113,18 +113,22 @@ class Grid:
         """Results by key."""
         file = self._file(data, split)
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        return {line["key"]: line for line in lines}
+        # Found anew: a setting that a run has since, with a default, makes no other run of it.
+        keys = [key_of(line, split) for line in lines]
+        return {key: line for key, line in zip(keys, lines, strict=True) if key}
 
     def record(self, piece: Piece, outcome: dict[str, Any]) -> None:
         """Add a line."""
         self.folder.mkdir(parents=True, exist_ok=True)
         line = {
-            "key": piece.key,
             "model": piece.model,
             "data": piece.data,
             "seed": piece.seed,
             "chosen": json.loads(piece.chosen),
             "commit": commit_of_code(),
+            "data_digest": self._digests[piece.data],
+            "settings": _settings(parse(RunConfig, tomllib.loads(piece.run), where=str(piece))),
+            "untrained": piece.untrained,
             **outcome,
         }
         with open(self._file(piece.data, piece.split), "a") as file:
@@ -188,12 +192,27 @@ class Grid:
         raw |= {"name": "run", "seed": seed, "data": str(data.folder.absolute()), "evaluation": evaluation}
         raw["tracking"] = {"enabled": False}
         run = parse(RunConfig, merge(raw, given), where=f"{self.file}: {model} on {data.name}")
-        settings = run.model_dump(mode="json", include={"seed", "loader", "embeddings", "model", "stages"})
-        for unimportant in ("threads", "prefetch", "memory_limit"):
-            del settings["loader"][unimportant]
-        parts = [self._digests[data.name], settings, config.untrained, split, list(run.evaluation.top_k)]
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        key = _key(self._digests[data.name], run, config.untrained, split)
         return Piece(key, model, data.name, seed, split, json.dumps(chosen), dump(run), config.untrained)
+
+
+def key_of(line: dict[str, Any], split: str) -> str | None:
+    """The key that a line has under today's code; None where its settings are no longer known."""
+    try:
+        run = parse(RunConfig, {"name": "stored", "data": "."} | line["settings"], where="stored")
+    except ValueError:
+        return None
+    return _key(line["data_digest"], run, line["untrained"], split)
+
+
+def _key(data_digest: str, run: RunConfig, untrained: str | None, split: str) -> str:
+    parts = [data_digest, _settings(run), untrained, split]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _settings(run: RunConfig) -> dict[str, Any]:
+    """What decides a run's losses, and what it is judged by."""
+    return settings_of(run) | {"evaluation": run.evaluation.model_dump(mode="json", include={"top_k"})}
 
 
 class Runner:

@@ -124,12 +124,17 @@ def test_a_grid_is_searched_run_resumed_and_told(tmp_path, data):
             count, recall = by_hand.get(place, (0, None))
             assert report["queries"][name] == count
             assert metrics.get("recall_at_5") == (None if recall is None else pytest.approx(recall, abs=1e-9))
-    # What stands is not run again; what was lost is.
+    # What stands is not run again, also where it was written before runs had some setting; what was lost is.
     kept = (tmp_path / "small/small.jsonl").read_text().splitlines()
-    (tmp_path / "small/small.jsonl").write_text("\n".join(kept[:-1]) + "\n")
+    older = [json.loads(line) for line in kept[:-1]]
+    for line in older:
+        for stage in line["settings"]["stages"]:
+            del stage["frozen_tables"]
+    (tmp_path / "small/small.jsonl").write_text("".join(json.dumps(line) + "\n" for line in older))
     assert call("run", grid, "--workers", 1, "--results", tmp_path).returncode == 0
     again = lines(tmp_path, "small.jsonl")
-    assert [line["key"] for line in again] == [json.loads(line)["key"] for line in kept]
+    assert again[:-1] == older
+    assert [(line["model"], line["seed"]) for line in again] == [(line["model"], line["seed"]) for line in runs]
     assert again[-1]["report"] == json.loads(kept[-1])["report"]
     assert call("report", grid, "--results", tmp_path).returncode == 0
     page = (tmp_path / "small/README.md").read_text()
