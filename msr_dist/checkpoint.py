@@ -15,11 +15,13 @@ from pathlib import Path
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from msr_dist.config import Config
 from msr_dist.distributed import World
@@ -177,6 +179,28 @@ def newest(folder: Path) -> Checkpoint | None:
     if faults:
         raise ValueError(f"{faults[0].split(';')[0]}, and no older one is complete; remove {folder} to start afresh")
     return None
+
+
+def not_finite(tensors: Mapping[str, Tensor], world: World) -> str | None:
+    """The name of one of `tensors` that holds NaN or infinity on some rank, or None; all ranks together."""
+    found = [name for name, tensor in tensors.items() if not all(map(_is_finite, _own_parts(tensor)))]
+    everywhere: list[list[str]] = [[] for _ in range(world.world_size)]
+    dist.all_gather_object(everywhere, found[:1])
+    return next((name for names in everywhere for name in names), None)
+
+
+def _own_parts(tensor: Tensor) -> list[Tensor]:
+    """What this rank has of a tensor that may be sharded."""
+    if isinstance(tensor, ShardedTensor):
+        return [shard.tensor for shard in tensor.local_shards()]
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not (tensor.numel() and tensor.is_floating_point()):
+        return True
+    # Extremes need no second table's worth of memory; they are NaN where there is one.
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, HashStore, Store  # type: ignore[attr-defined]
 
+from msr_dist.stopping import Stopped
+
 MEETING = "MSR_DIST_MEETING"
 """Environment variable: the folder by whose files local processes find each other."""
 
@@ -55,6 +57,30 @@ class World:
         return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
+class Vote:
+    """Whether any rank wants something: all ranks know it at the same step, one step late, so that none has to wait."""
+
+    def __init__(self) -> None:
+        self._cast: tuple[torch.Tensor, dist.Work] | None = None
+
+    def passed(self, wanted: bool, now: bool = False) -> bool:
+        """Whether any rank wanted it when all were last asked, or wants it `now`; all ranks together."""
+        if self._counted():
+            return True
+        votes = torch.tensor([int(wanted)])
+        work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, async_op=True)
+        assert work is not None
+        self._cast = votes, work
+        return now and self._counted()
+
+    def _counted(self) -> bool:
+        if self._cast is None:
+            return False
+        votes, work = self._cast
+        work.wait()
+        return bool(votes.item())
+
+
 @contextmanager
 def open_world() -> Iterator[World]:
     """Read the environment and, if no process group is open, open one for as long as the context lasts."""
@@ -73,9 +99,15 @@ def open_world() -> Iterator[World]:
         store = _store(world_size)
         dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=world_size)
     try:
-        yield World(rank, world_size, local_rank, _variable("LOCAL_WORLD_SIZE", world_size), device)
+        stopped = None
+        try:
+            yield World(rank, world_size, local_rank, _variable("LOCAL_WORLD_SIZE", world_size), device)
+        except Stopped as error:
+            stopped = error
         # A rank that takes its connections away while another still uses them aborts that one.
         dist.barrier()
+        if stopped is not None:
+            raise stopped
     finally:
         if opened:
             dist.destroy_process_group()

@@ -21,6 +21,7 @@ from msr_dist.recall import RetrievalReport
 from msr_dist.retrieval import evaluate_retrieval
 from msr_dist.run import CHECKPOINTS, METRICS_FILE, RunConfig, say_untaught
 from msr_dist.schema import FeatureSchema
+from msr_dist.watch import watching
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def evaluate(run: RunConfig, split: str) -> None:
     Raises:
         ValueError: the run has no complete checkpoint, or another model's; the split is absent or damaged.
     """
-    with open_world() as world:
+    with open_world() as world, watching(run.watch, run.folder, world):
         schema = run.read_schema()
         say_untaught(schema, world)
         report = judge(run, schema, trained(run, schema, world).model, split, world)

@@ -387,6 +387,7 @@ def check(config: ExtractConfig) -> FeatureSchema:
     """The data's schema; raises what `extract` would raise about the configuration before any model is loaded."""
     schema = FeatureSchema.read(config.data)
     Templates.load(config.prompts)
+    schema.expect_listed((schema.user_table, schema.item_table), "extraction")
     vocabulary_digest(config.data, schema.user_table.name)
     return schema
 

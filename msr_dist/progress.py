@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from tqdm import tqdm
@@ -11,6 +12,23 @@ from tqdm import tqdm
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a process is."""
+
+    what: str
+    """The work, and what it is counted in."""
+    done: int
+
+
+_newest = Position("beginning", 0)
+
+
+def position() -> Position:
+    """What this process has last counted, in any work."""
+    return _newest
 
 
 class Progress:
@@ -22,10 +40,12 @@ class Progress:
         self._first = done
         on_terminal = shown and sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=done, desc=what, unit=unit) if on_terminal else None
+        self._count()
 
     def advance(self, count: int = 1, values: Mapping[str, str] = MappingProxyType({})) -> None:
         """`count` more are done; `values` are shown beside the position."""
         self._done += count
+        self._count()
         if self._bar is not None:
             self._bar.set_postfix(values, refresh=False)
             self._bar.update(count)
@@ -37,6 +57,10 @@ class Progress:
         """End the bar's line."""
         if self._bar is not None:
             self._bar.close()
+
+    def _count(self) -> None:
+        global _newest
+        _newest = Position(f"{self._what}: {self._unit}", self._done)
 
     def _line(self, values: Mapping[str, str]) -> str:
         spent = time.monotonic() - self._begun

@@ -72,6 +72,9 @@ class TrackingConfig(Config):
     """Seconds that the end of a run may wait for the last delivery."""
     system_every: float = Field(default=10.0, ge=0)
     """Seconds between two samples of the machine's load; 0 takes none."""
+    each_rank: bool = False
+    """Keep what every rank takes (STAGE/rank-3/memory_bytes, step_seconds, loader_wait_seconds), not only the most of
+    any rank."""
 
     @field_validator("uri")
     @classmethod

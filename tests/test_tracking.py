@@ -3,12 +3,16 @@
 import json
 import logging
 import math
+import os
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -185,6 +189,68 @@ def test_an_outage_in_the_middle_loses_nothing(tmp_path, caplog):
         lock.close()
         tracker.log({"loss": 3.0}, 3)
     assert history(tmp_path, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+@contextmanager
+def served(folder, port):
+    """A real server on sqlite, until it is killed."""
+    words = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--artifacts-destination", str(folder)]
+    with open(folder / "server.log", "a") as out:
+        process = subprocess.Popen(words, stdout=out, stderr=out, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 200
+        while True:
+            try:
+                with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except OSError:
+                assert process.poll() is None, (folder / "server.log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_server_that_is_killed_and_started_again_has_every_value(tmp_path, caplog):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run_dir, took = tmp_path / "run", []
+
+    def log(first, last):
+        for step in range(first, last):
+            start = time.perf_counter()
+            tracker.log({"loss": float(step), "auc": 0.5}, step)
+            took.append(time.perf_counter() - start)
+
+    tracker = open_tracker(config(uri=f"http://127.0.0.1:{port}", close_timeout=100), 0, run_dir, {"seed": 1})
+    with served(tmp_path, port):
+        log(0, 100)
+        deadline = time.monotonic() + 100
+        while '"offset": 0' in (
+            state := (run_dir / STATE_FILE).read_text() if (run_dir / STATE_FILE).exists() else '"offset": 0'
+        ):
+            assert time.monotonic() < deadline, state
+            time.sleep(0.1)
+    log(100, 200)
+    while "does not take values" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    log(200, 300)
+    with served(tmp_path, port):
+        log(300, 400)
+        tracker.close()
+        from mlflow import MlflowClient
+
+        found = MlflowClient(f"http://127.0.0.1:{port}")
+        for name in ("loss", "auc"):
+            points = found.get_metric_history(tracker.run_id, name)
+            assert sorted(point.step for point in points) == list(range(400))
+        assert found.get_run(tracker.run_id).info.status == "FINISHED"
+    assert sorted(took)[200] < 1e-3
 
 
 def test_close_does_not_wait_for_a_server_that_never_answers(tmp_path, caplog, monkeypatch):
