@@ -3,9 +3,10 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from msr_dist.batch import ScenarioBatch
 from msr_dist.config import Config
 from msr_dist.data.order import Order
-from msr_dist.schema import Feature, FeatureSchema
+from msr_dist.schema import OPEN_IDS, Feature, FeatureSchema
 
 
 class LoaderConfig(Config):
@@ -30,6 +31,9 @@ class LoaderConfig(Config):
     """The world size must divide it; a run continues the same data at any such world size."""
     window_rows: int = Field(default=1 << 20, ge=1)
     """Rows, of all ranks together, among which rows are permuted. Row groups are shuffled over the whole split."""
+    shuffle: bool = True
+    """false: rows come in the order of the files, hence of time, as far as row groups of one size allow: each partition
+    reads its own in their order."""
     threads: int = Field(default=2, ge=1)
     """Decoding threads of a rank."""
     prefetch: int = Field(default=4, ge=1)
@@ -50,6 +54,8 @@ PADDING = -1
 """Number of a row that only fills up a batch; its weights are 0."""
 
 Ints = npt.NDArray[np.int64]
+Narrow = npt.NDArray[Any]
+"""In the narrowest type that holds the values: rows that stand ready take memory, and memory takes time."""
 Floats = npt.NDArray[np.float32]
 
 
@@ -57,15 +63,15 @@ Floats = npt.NDArray[np.float32]
 class Rows:
     """Some rows as plain arrays; `n` rows, `F` single-valued features, `N` numerics, `T` labels."""
 
-    ids: Ints
+    ids: Narrow
     """`[F, n]`."""
     lists: tuple[tuple[Ints, Ints], ...]
     """Per multi-valued feature: all values one after the other, and `[n + 1]` offsets into them."""
     numeric: Floats
     """`[N, n]`."""
-    scenario: Ints
+    scenario: Narrow
     """`[n]`."""
-    labels: Floats
+    labels: Narrow
     """`[T, n]`."""
     weights: Floats
     """`[T, n]`."""
@@ -222,22 +228,33 @@ def feature_names(schema: FeatureSchema) -> list[str]:
 
 
 def _decode(table: pa.Table, schema: FeatureSchema, permutation: Ints | None) -> Rows:
-    def column(name: str, dtype: type) -> npt.NDArray[Any]:
-        values: npt.NDArray[Any] = table[name].to_numpy().astype(dtype, copy=False)
-        return values if permutation is None else values[permutation]
-
     def stack(names: list[str], dtype: type) -> npt.NDArray[Any]:
-        return np.stack([column(name, dtype) for name in names]) if names else np.empty((0, table.num_rows), dtype)
+        lines = np.empty((len(names), table.num_rows), dtype)
+        for name, line in zip(names, lines, strict=True):
+            values = table[name].to_numpy().astype(dtype, copy=False)
+            if permutation is None:
+                line[:] = values
+            else:
+                # A permutation is never out of range: clipping only spares numpy a copy in case it were.
+                values.take(permutation, out=line, mode="clip")
+        return lines
 
-    scenario = column(schema.scenario, np.int64)
+    # In most data no label has either: then all weights are one number, that is not written down row by row.
+    weights = np.broadcast_to(np.float32(1), (len(schema.labels), table.num_rows))
+    if any(label.weight or label.mask for label in schema.labels):
+        weights = weights.copy()
+        for line, label in zip(weights, schema.labels, strict=True):
+            for (factor,) in (stack([name], np.float32) for name in (label.weight, label.mask) if name):
+                line *= factor
 
-    def weight(index: int) -> Floats:
-        label = schema.labels[index]
-        values = np.ones(table.num_rows, np.float32) if not label.weight else column(label.weight, np.float32)
-        return values * column(label.mask, np.float32) if label.mask else values
-
+    (scenario,) = stack([schema.scenario], np.int32)
+    most = max(OPEN_IDS if each.is_open else each.rows * schema.copies(each) for each in schema.tables)
     return Rows(
-        ids=_own(stack([f.name for f in schema.features if not f.pooling], np.int64), scenario, schema),
+        ids=_own(
+            stack([f.name for f in schema.features if not f.pooling], np.int32 if most < 1 << 31 else np.int64),
+            scenario,
+            schema,
+        ),
         lists=tuple(
             _own_list(_decode_list(table[f.name], permutation), f, scenario, schema)
             for f in schema.features
@@ -245,22 +262,24 @@ def _decode(table: pa.Table, schema: FeatureSchema, permutation: Ints | None) ->
         ),
         numeric=stack([numeric.name for numeric in schema.numerics], np.float32),
         scenario=scenario,
-        labels=stack([label.name for label in schema.labels], np.float32),
-        weights=np.stack([weight(index) for index in range(len(schema.labels))]),
+        labels=stack([label.name for label in schema.labels], np.uint8),
+        weights=weights,
     )
 
 
-def _own(ids: Ints, scenario: Ints, schema: FeatureSchema) -> Ints:
+def _own(ids: Narrow, scenario: Narrow, schema: FeatureSchema) -> Narrow:
     """`ids` `[F, n]` where the tables of some features hold vectors for each scenario: see `Table.per_scenario`."""
     for line, feature in zip(ids, (f for f in schema.features if not f.pooling), strict=True):
         copies = schema.copies(schema.table(feature.table))
         if copies > 1:
             line *= copies
-            line += np.array(schema.owners())[scenario]
+            line += np.array(schema.owners(), line.dtype)[scenario]
     return ids
 
 
-def _own_list(column: tuple[Ints, Ints], feature: Feature, scenario: Ints, schema: FeatureSchema) -> tuple[Ints, Ints]:
+def _own_list(
+    column: tuple[Ints, Ints], feature: Feature, scenario: Narrow, schema: FeatureSchema
+) -> tuple[Ints, Ints]:
     values, offsets = column
     copies = schema.copies(schema.table(feature.table))
     if copies > 1:
@@ -281,29 +300,50 @@ def _decode_list(column: pa.ChunkedArray, permutation: Ints | None) -> tuple[Int
 
 
 def _assemble(schema: FeatureSchema, parts: list[Rows], numbers: Ints, rows_per_rank: float) -> ScenarioBatch:
-    ids = np.concatenate([part.ids for part in parts], axis=1)
-    values: list[Ints] = [ids.reshape(-1)]
-    lengths: list[Ints] = [np.ones(ids.size, np.int64)]
-    for index in range(len(parts[0].lists)):
-        for part in parts:
-            flat, offsets = part.lists[index]
-            values.append(flat[offsets[0] : offsets[-1]])
-            lengths.append(np.diff(offsets))
+    flat = [
+        (values[offsets[0] : offsets[-1]], np.diff(offsets))
+        for of_parts in zip(*(part.lists for part in parts), strict=True)
+        for values, offsets in of_parts
+    ]
+    features, rows = len(parts[0].ids), len(numbers)
+    values = np.empty(features * rows + sum(len(each) for each, _ in flat), np.int64)
+    _side_by_side([part.ids for part in parts], values[: features * rows].reshape(features, rows))
+    if flat:
+        np.concatenate([each for each, _ in flat], out=values[features * rows :])
     return ScenarioBatch(
         ids=KeyedJaggedTensor(
             keys=feature_names(schema),
-            values=torch.from_numpy(np.concatenate(values)),
-            lengths=torch.from_numpy(np.concatenate(lengths)),
+            values=torch.from_numpy(values),
+            lengths=torch.cat([_ones(features * rows), *(torch.from_numpy(each) for _, each in flat)])
+            if flat
+            else _ones(features * rows),
         ),
-        numeric=_rows_first([part.numeric for part in parts]),
-        scenario=torch.from_numpy(np.concatenate([part.scenario for part in parts])),
-        labels=_rows_first([part.labels for part in parts]),
-        weights=_rows_first([part.weights for part in parts]),
+        numeric=_rows_first([part.numeric for part in parts], rows),
+        scenario=torch.from_numpy(np.concatenate([part.scenario for part in parts], dtype=np.int64)),
+        labels=_rows_first([part.labels for part in parts], rows),
+        weights=_rows_first([part.weights for part in parts], rows),
         row=torch.from_numpy(numbers),
         rows_per_rank=rows_per_rank,
     )
 
 
-def _rows_first(parts: list[Floats]) -> torch.Tensor:
-    """`[.., n]` arrays of all parts -> one `[sum of n, ..]` tensor."""
-    return torch.from_numpy(np.ascontiguousarray(np.concatenate(parts, axis=1).T))
+@lru_cache(maxsize=4)
+def _ones(count: int) -> torch.Tensor:
+    """The lengths of single-valued features, which are the same in nearly all batches."""
+    return torch.ones(count, dtype=torch.int64)
+
+
+def _rows_first(parts: Sequence[Narrow], rows: int) -> torch.Tensor:
+    """`[.., n]` of all parts -> one `[rows, ..]` fp32 tensor."""
+    whole = np.empty((rows, len(parts[0])), np.float32)
+    _side_by_side(parts, whole.T)
+    return torch.from_numpy(whole)
+
+
+def _side_by_side(parts: Sequence[Narrow], whole: npt.NDArray[Any]) -> None:
+    """Write `[.., n]` of all parts into `whole`, one after the other along its last axis."""
+    start = 0
+    for part in parts:
+        stop = start + part.shape[1]
+        whole[:, start:stop] = part
+        start = stop

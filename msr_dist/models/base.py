@@ -102,6 +102,11 @@ class Objective:
     penalty: Tensor | None = None
     """`[B]`: added to the row's loss."""
 
+    def float(self) -> "Objective":
+        """The same in fp32."""
+        weight, penalty = (None if x is None else x.float() for x in (self.weight, self.penalty))
+        return Objective(self.logits.float(), weight, penalty)
+
     def loss(self, labels: Tensor, weights: Tensor) -> Tensor:
         """Binary cross-entropy plus penalties, summed over labels and rows; `labels` and `weights` are `[B, T]`.
 

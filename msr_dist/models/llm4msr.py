@@ -169,7 +169,7 @@ class MetaLinear(nn.Module):
     def generated(self, code: Tensor) -> tuple[Tensor, Tensor]:
         """`[N, k]` -> weights `[N, in, out]` and biases `[N, out]`."""
         of_weight, of_bias = self.coefficients(code)
-        weight = self.weight + torch.tensordot(of_weight, self.weight_basis, dims=1)
+        weight = self.weight + torch.tensordot(of_weight.float(), self.weight_basis, dims=1)
         return weight, self.bias + of_bias @ self.bias_basis
 
 

@@ -76,7 +76,7 @@ class MetaUnit(nn.Module):
 
     def forward(self, x: Tensor, knowledge: Tensor, groups: ScenarioGroups) -> Tensor:
         """`[B, in]` -> `[B, out]`, both grouped; `knowledge` is `[S, P]`."""
-        weight = self.weight + torch.tensordot(knowledge, self.weight_basis, dims=1)
+        weight = self.weight + torch.tensordot(knowledge.float(), self.weight_basis, dims=1)
         return grouped_linear(x, weight, self.bias + knowledge @ self.bias_basis, groups)
 
 

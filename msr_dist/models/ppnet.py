@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Rate, Width, Widths
 from msr_dist.models.epnet import GateNU, LabelLinear
-from msr_dist.models.layers import Dropout, stacked_weight
+from msr_dist.models.layers import Dropout, banked_linear, stacked_weight
 from msr_dist.schema import FeatureSchema
 
 
@@ -99,8 +99,8 @@ class GatedTowers(nn.Module):
         labels = len(self.last.bias)
         hidden = x[:, None, :].expand(-1, labels, -1)
         for weight, bias, gate, dropout in zip(self.weights, self.biases, self.gates, self.dropouts, strict=True):
-            product = torch.baddbmm(bias[:, None, :], hidden.transpose(0, 1), weight)
-            hidden = dropout(torch.relu(product).transpose(0, 1), row) * gate(seen).unflatten(1, (labels, -1))
+            hidden = dropout(torch.relu(banked_linear(hidden, weight, bias)), row)
+            hidden = hidden * gate(seen).unflatten(1, (labels, -1))
         logits: Tensor = self.last(hidden)
         return logits
 

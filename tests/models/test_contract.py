@@ -226,3 +226,18 @@ def _two_steps(kind: str, rows: slice) -> dict[str, Any]:
         "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
         "state": model.state_dict(),
     }
+
+
+def test_products_in_bf16_say_nearly_the_same_and_leave_gradients_in_fp32(kind):
+    model, batch = train(build(kind, labels=2), mixed(120), steps=5), mixed(120)
+    exact = model(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model.objective(batch).float()
+    torch.testing.assert_close(rough.logits, exact, atol=0.1, rtol=0.05)
+    assert not torch.equal(rough.logits, exact)
+    model.zero_grad()
+    rough.loss(torch.randint(2, (120, 2)).float(), torch.ones(120, 2)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.isfinite().all(), name

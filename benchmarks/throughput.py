@@ -1,0 +1,646 @@
+"""How fast rows are read and trained on, beside an ordinary PyTorch trainer and beside what bounds each.
+
+python benchmarks/throughput.py loader
+python benchmarks/throughput.py loader --wide
+python benchmarks/throughput.py step --model mmoe-small --workers 1 --workers 2
+python benchmarks/throughput.py end-to-end --data data/workload --model mmoe-full --workers 2 precision=bf16
+python benchmarks/throughput.py plain --data data/workload --model mmoe-small
+python benchmarks/throughput.py checkpoint --model mlp --times 10
+
+The unit is CPU-seconds per million rows, of all processes and threads together, each process with one thread for
+computing: other work on the machine hardly changes it. What happens before the loop is not part of it. Ways alternate
+within one run; figures are medians over rounds.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+# Before torch is loaded: see msr_dist.launch.set_threads. A thread per process, as with a rank per core.
+from msr_dist.launch import launch, set_threads, silence
+
+silence()
+set_threads(multiprocessing.cpu_count())
+
+import numpy as np  # noqa: E402
+import psutil  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import torch  # noqa: E402
+from quality_grid import commit_of_code  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist  # noqa: E402
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
+
+from msr_dist.batch import ScenarioBatch  # noqa: E402
+from msr_dist.checkpoint import Checkpoint, CheckpointConfig, Checkpoints, TrainState  # noqa: E402
+from msr_dist.config import merge, parse  # noqa: E402
+from msr_dist.data.loader import Loader  # noqa: E402
+from msr_dist.data.order import Order  # noqa: E402
+from msr_dist.data.parquet import ParquetSource  # noqa: E402
+from msr_dist.data.prepare.canonical import prepare  # noqa: E402
+from msr_dist.data.prepare.synthetic import Config as Synthetic  # noqa: E402
+from msr_dist.distributed import World, open_world  # noqa: E402
+from msr_dist.evaluate import evaluate_split  # noqa: E402
+from msr_dist.metrics import ScenarioMetrics  # noqa: E402
+from msr_dist.models.base import Inputs  # noqa: E402
+from msr_dist.parallel import Sharded  # noqa: E402
+from msr_dist.run import RunConfig  # noqa: E402
+from msr_dist.schema import Feature, FeatureSchema, Label, Scenario, Table  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "throughput"
+DATA = Path(__file__).parents[1] / "data"
+WARM_UP = 3
+"""Steps before the clock starts: the first allocates, and traces the model."""
+IN_MEMORY = 8
+"""Batches that the step takes in turn where nothing is read."""
+WIDE_IDS, WIDE_LISTS, WIDE_MEAN, WIDE_ROWS = 100, 4, 30, 200_000
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mlp": {"kind": "mlp"},
+    "mmoe": {"kind": "mmoe"},
+    "star": {"kind": "star"},
+    "mmoe-small": {"kind": "mmoe", "experts": 3, "widths": [64, 32], "tower_widths": [32]},
+    "mmoe-full": {"kind": "mmoe", "experts": 3, "widths": [512, 256, 128], "tower_widths": [256, 128, 64]},
+    # A tower per label whose every layer is gated, where TorchEasyRec's has ungated towers per scenario on top.
+    "pepnet-full": {"kind": "pepnet", "widths": [512, 256, 256, 128, 64], "gate_width": 128},
+}
+
+Way = Literal["memory", "parquet"]
+_PATH = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Measure reading and training. Every command adds a line of JSON per case to benchmarks/results/throughput."""
+
+
+def _shared(*, trains: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Options of the commands; those that train take settings of a run besides."""
+    options = [
+        click.option("--data", type=_PATH, help="A prepared folder; without it, planted data are made in data/."),
+        click.option("--batch-size", type=click.IntRange(1), default=8192, show_default=True, help="Of a process."),
+        click.option("--rounds", type=click.IntRange(1), default=3, show_default=True),
+        click.option("--results", type=_PATH, default=RESULTS, help="The folder of results."),
+    ]
+    if trains:
+        options += [
+            click.option("--model", "models", type=click.Choice(list(MODELS)), multiple=True, default=["mmoe-small"]),
+            click.argument("settings", nargs=-1, metavar="[KEY=VALUE]..."),
+        ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_workers = click.option("--workers", type=click.IntRange(1), multiple=True, default=[1], help="May be repeated.")
+_profile = click.option("--profile", type=_PATH, help="Also write rank 0's trace of some steps, for ui.perfetto.dev.")
+
+
+@main.command()
+@_shared(trains=False)
+@click.option("--wide", is_flag=True, help=f"{WIDE_IDS} ids and {WIDE_LISTS} lists of mean length {WIDE_MEAN}.")
+@click.option("--workers", type=click.IntRange(1), default=1, help="Of whose batches the first one's are made.")
+def loader(data: Path | None, batch_size: int, rounds: int, results: Path, wide: bool, workers: int) -> None:
+    """Rows per CPU-second of the loader alone, and of pyarrow that only decodes the same columns."""
+    folder = data or (wide_data() if wide else planted_data())
+    schema = FeatureSchema.read(folder)
+    run = configured(folder, MODELS["mlp"], batch_size * workers, [])
+    source = ParquetSource(folder / "train", schema)
+    order = order_of(run, source)
+    ways: dict[str, Callable[[], int]] = {
+        "pyarrow": lambda: decode(source),
+        "loader": lambda: sum(
+            len(batch.scenario)
+            for rank in range(workers)
+            for batch in Loader(source, schema, order, rank, workers, run.loader).batches(0, order.steps)
+        ),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.process_time()
+            way()
+            speeds[name].append(order.rows / (time.process_time() - start))
+    medians = {name: statistics.median(each[1:]) for name, each in speeds.items()}
+    line = {
+        "measured": "loader",
+        "data": folder.name,
+        "columns": len(source.columns),
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "rows_per_cpu_second": {name: round(speed) for name, speed in medians.items()},
+        "share_of_pyarrow": round(statistics.median(map(_ratio, speeds["loader"][1:], speeds["pyarrow"][1:])), 3),
+    }
+    add(results, line)
+
+
+def decode(source: ParquetSource) -> int:
+    """All rows of the columns that training reads, decoded and thrown away; how many they were."""
+    rows = 0
+    for path in sorted({group.file for group in source.row_groups}):
+        with pq.ParquetFile(path) as file:
+            for index in range(file.num_row_groups):
+                rows += file.read_row_group(index, columns=source.columns, use_threads=False).num_rows
+    return rows
+
+
+@main.command()
+@_shared(trains=True)
+@_workers
+@_profile
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Of each round.")
+@click.option(
+    "--times", type=click.IntRange(1), multiple=True, default=[1], help="Tables with so many times the rows; repeats."
+)
+def step(
+    data: Path | None,
+    batch_size: int,
+    rounds: int,
+    results: Path,
+    models: Sequence[str],
+    settings: tuple[str, ...],
+    workers: Sequence[int],
+    profile: Path | None,
+    steps: int,
+    times: Sequence[int],
+) -> None:
+    """A training step on batches that are in memory."""
+    for model, count, factor in itertools.product(models, workers, times):
+        run = configured(data or planted_data(), MODELS[model], batch_size * count, settings)
+        case = Case(run, ("memory",), rounds, steps, factor, profile=profile)
+        add(results, {"measured": "step", "model": model, **trained(case, count)})
+
+
+@main.command()
+@_shared(trains=True)
+@_workers
+@_profile
+@click.option("--judge", is_flag=True, help="Also the AUC of the valid split after the first epoch.")
+def end_to_end(
+    data: Path | None,
+    batch_size: int,
+    rounds: int,
+    results: Path,
+    models: Sequence[str],
+    settings: tuple[str, ...],
+    workers: Sequence[int],
+    profile: Path | None,
+    judge: bool,
+) -> None:
+    """Epochs over parquet files, and as many steps on batches that are in memory."""
+    for model, count in itertools.product(models, workers):
+        run = configured(data or planted_data(), MODELS[model], batch_size * count, settings)
+        case = Case(run, ("parquet", "memory"), rounds, judge=judge, profile=profile)
+        add(results, {"measured": "end-to-end", "model": model, **trained(case, count)})
+
+
+@main.command()
+@_shared(trains=True)
+def plain(
+    data: Path | None, batch_size: int, rounds: int, results: Path, models: Sequence[str], settings: tuple[str, ...]
+) -> None:
+    """The yardstick: the same model and data as an ordinary PyTorch trainer, in one process with one loading worker."""
+    for model in models:
+        run = configured(data or planted_data(), MODELS[model], batch_size, settings)
+        add(results, {"measured": "plain", "model": model, **plainly(run, rounds)})
+
+
+@main.command()
+@_shared(trains=True)
+@click.option("--times", type=click.IntRange(1), default=1, help="Tables with so many times the rows.")
+def checkpoint(
+    data: Path | None,
+    batch_size: int,
+    rounds: int,
+    results: Path,
+    models: Sequence[str],
+    settings: tuple[str, ...],
+    times: int,
+) -> None:
+    """Seconds to save and to restore, and the bytes on disk by those of the tensors."""
+    for model in models:
+        run = configured(data or planted_data(), MODELS[model], batch_size, settings)
+        with open_world() as world, tempfile.TemporaryDirectory() as folder:
+            sharded = run.build(scaled(run.read_schema(), times), 0, world)
+            sharded.allocate_state()
+            store = Checkpoints(Path(folder), CheckpointConfig(), world)
+            save, restore = [], []
+            for number in range(rounds):
+                start = time.perf_counter()
+                state = TrainState(step=number)
+                saved = Checkpoint(store.save(sharded.tensors(), state), state)
+                save.append(time.perf_counter() - start)
+                start = time.perf_counter()
+                saved.restore(sharded.tensors())
+                restore.append(time.perf_counter() - start)
+            on_disk = sum(file.stat().st_size for file in saved.folder.rglob("*") if file.is_file())
+            line = {
+                "measured": "checkpoint",
+                "model": model,
+                "rounds": rounds,
+                "table_rows": sum(table.rows for table in run.read_schema().tables) * times,
+                "bytes": on_disk,
+                "bytes_by_tensors": round(on_disk / tensor_bytes(sharded), 4),
+                "save_seconds": round(statistics.median(save), 2),
+                "restore_seconds": round(statistics.median(restore), 2),
+            }
+        add(results, line)
+
+
+def tensor_bytes(sharded: Sharded) -> int:
+    """Bytes of everything that a checkpoint holds, in a world of one process."""
+    parts = [getattr(tensor, "local_tensor", lambda t=tensor: t)() for tensor in sharded.tensors().values()]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a process of a training measurement does."""
+
+    run: RunConfig
+    ways: tuple[Way, ...]
+    rounds: int
+    steps: int | None = None
+    """Of each way and round; by default an epoch's."""
+    times: int = 1
+    """Factor of the number of rows of all tables; ids are spread over them."""
+    judge: bool = False
+    profile: Path | None = None
+    out: Path = Path()
+    """Where rank 0 leaves the figures."""
+
+
+def trained(case: Case, workers: int) -> dict[str, Any]:
+    """The figures of `case`, of all `workers` processes together."""
+    folder = Path(tempfile.mkdtemp(prefix="throughput-"))
+    try:
+        # A child even where one would do: its start-up and memory are then its own.
+        case = replace(case, out=folder / "figures.json")
+        if workers == 1:
+            child = multiprocessing.get_context("spawn").Process(target=measure, args=(case,))
+            child.start()
+            child.join()
+            if child.exitcode:
+                raise SystemExit(f"the measuring process ended with {child.exitcode}")
+        else:
+            launch(measure, case, "local", workers, folder)
+        figures: dict[str, Any] = json.loads(case.out.read_text())
+        return figures
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def measure(case: Case) -> None:
+    """Train for the rounds of `case`; every process of a world calls it."""
+    silence()
+    run = case.run
+    with open_world() as world:
+        schema = scaled(run.read_schema(), case.times)
+        sharded = run.build(schema, 0, world)
+        sharded.model.train()
+        source = ParquetSource(run.data / "train", schema)
+        reader = Loader(source, schema, order_of(run, source), world.rank, world.world_size, run.loader)
+        kept = [spread(batch, case.times) for batch in reader.batches(0, min(IN_MEMORY, reader.order.steps))]
+        pipeline = TrainPipelineSparseDist(sharded.model, sharded.optimizer, world.device, execute_all_batches=True)
+        # Nothing is learned before the measurement: what it learns may be judged.
+        sharded.scale_learning_rates(0.0)
+        steps(pipeline, map(fresh, itertools.islice(itertools.cycle(kept), WARM_UP)))
+        first = {"wall": time.time() - psutil.Process().create_time(), "cpu": time.process_time()}
+        sharded.scale_learning_rates(1.0)
+        count, spent = case.steps or reader.order.steps, {way: Spent([], []) for way in case.ways}
+        quality = None
+        for number in range(case.rounds):
+            for way in case.ways:
+                first_step = number * reader.order.steps
+                batches = (
+                    map(fresh, itertools.islice(itertools.cycle(kept), count))
+                    if way == "memory"
+                    else reader.batches(first_step, first_step + count)
+                )
+                spent[way].take(world, partial(steps, pipeline, batches))
+                if case.judge and quality is None:
+                    quality = evaluate_split(run, schema, sharded.model, "valid", world)
+        if case.profile and world.rank == 0:
+            case.profile.parent.mkdir(parents=True, exist_ok=True)
+        with torch.profiler.profile() if case.profile else nullcontext() as trace:
+            if case.profile:
+                steps(pipeline, map(fresh, kept))
+        if trace and world.rank == 0:
+            trace.export_chrome_trace(str(case.profile))
+        peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20], dtype=torch.float64)
+        peak = world.sum(peak)
+        if world.rank:
+            return
+        rows = count * reader.order.rows / reader.order.steps
+        line = {
+            "data": run.data.name,
+            "settings": {"precision": run.precision},
+            "table_rows": sum(table.rows for table in schema.tables),
+            "workers": world.world_size,
+            "threads": torch.get_num_threads(),
+            "batch_size": run.loader.batch_size,
+            "rounds": case.rounds,
+            "cpu_seconds_per_million_rows": {way: each.cpu_per_million(rows) for way, each in spent.items()},
+            "rows_per_second": {way: round(rows / statistics.median(each.wall)) for way, each in spent.items()},
+            "start_seconds": {clock: round(seconds, 1) for clock, seconds in first.items()},
+            "peak_gib": round(peak.item(), 2),
+        }
+        if len(case.ways) > 1:
+            line["share_of_memory"] = round(
+                statistics.median(map(_ratio, spent["memory"].cpu, spent["parquet"].cpu)), 3
+            )
+        if quality is not None:
+            line["auc"] = quality.flat("valid")
+        case.out.write_text(json.dumps(line))
+
+
+@dataclass
+class Spent:
+    """Seconds of each round: of the CPUs, all processes together, and of the wall."""
+
+    cpu: list[float]
+    wall: list[float]
+
+    def take(self, world: World, work: Callable[[], None]) -> None:
+        """One round."""
+        world.sum(torch.zeros(1))
+        cpu, wall = time.process_time(), time.perf_counter()
+        work()
+        total = torch.tensor([time.process_time() - cpu], dtype=torch.float64)
+        self.cpu.append(world.sum(total).item())
+        self.wall.append(time.perf_counter() - wall)
+
+    def cpu_per_million(self, rows: float) -> float:
+        """The median."""
+        return round(statistics.median(self.cpu) / rows * 1e6, 2)
+
+
+def steps(pipeline: Any, batches: Iterator[ScenarioBatch]) -> None:
+    """Train on all of `batches`."""
+    try:
+        while True:
+            pipeline.progress(batches)
+    except StopIteration:
+        # The pipeline has replaced the lookup's forward by one that waits for batches of its own.
+        pipeline.detach()
+
+
+def fresh(batch: ScenarioBatch) -> ScenarioBatch:
+    """The batch as a loader hands it out: what a KeyedJaggedTensor has once computed, it keeps."""
+    ids = KeyedJaggedTensor(keys=batch.ids.keys(), values=batch.ids.values(), lengths=batch.ids.lengths())
+    return replace(batch, ids=ids)
+
+
+def spread(batch: ScenarioBatch, times: int) -> ScenarioBatch:
+    """The batch with ids for tables of so many times the rows: as many distinct ones, further apart."""
+    ids = KeyedJaggedTensor(keys=batch.ids.keys(), values=batch.ids.values() * times, lengths=batch.ids.lengths())
+    return replace(batch, ids=ids)
+
+
+def scaled(schema: FeatureSchema, times: int) -> FeatureSchema:
+    """The schema with tables of so many times the rows."""
+    return schema.with_tables({t.name: t.model_copy(update={"rows": t.rows * times}) for t in schema.tables})
+
+
+def order_of(run: RunConfig, source: ParquetSource) -> Order:
+    """The order in which `run` reads the rows of `source`."""
+    return Order(
+        tuple(group.rows for group in source.row_groups),
+        run.loader.partitions,
+        run.loader.batch_size,
+        run.seed,
+        run.loader.window_rows if run.loader.shuffle else None,
+    )
+
+
+def configured(data: Path, model: dict[str, Any], batch_size: int, settings: Sequence[str]) -> RunConfig:
+    """A run of the workload's optimizers; `batch_size` is of all processes together."""
+    raw = {
+        "name": "throughput",
+        "data": str(data.absolute()),
+        "model": model,
+        "loader": {"batch_size": batch_size},
+        "stages": [{"sparse": {"lr": 0.02}, "dense": {"lr": 1e-3}}],
+        "tracking": {"enabled": False},
+    }
+    try:
+        return parse(RunConfig, merge(raw, settings), "throughput")
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+class PlainModel(nn.Module):
+    """The same backbone over `nn.EmbeddingBag`s with sparse gradients, one per table."""
+
+    def __init__(self, run: RunConfig, schema: FeatureSchema) -> None:
+        super().__init__()
+        self.schema = schema
+        self.backbone: Any = run.model.build(schema)
+        self.bags = nn.ModuleList(
+            nn.EmbeddingBag(table.rows, table.width, mode="sum", sparse=True)
+            for table in (schema.table(feature.table) for feature in schema.features)
+        )
+        for bag in self.bags:
+            nn.init.uniform_(bag.weight, -0.3 / bag.embedding_dim**0.5, 0.3 / bag.embedding_dim**0.5)  # type: ignore[arg-type,operator]
+
+    def forward(self, ids: Tensor, scenario: Tensor) -> Tensor:
+        """`[F, B]` and `[B]` -> logits `[B, T]`."""
+        offsets = torch.arange(ids.shape[1])
+        groups: dict[str, list[Tensor]] = {}
+        for feature, bag, values in zip(self.schema.features, self.bags, ids, strict=True):
+            groups.setdefault(feature.group, []).append(bag(values, offsets))
+        joined = {group: torch.cat(parts, dim=1) for group, parts in groups.items()}
+        logits: Tensor = self.backbone(Inputs(joined, scenario, offsets))
+        return logits
+
+
+class PlainRows(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
+    """Batches of one split: row groups in random order, their rows in random order."""
+
+    def __init__(self, folder: Path, schema: FeatureSchema, batch_size: int) -> None:
+        self.files, self.schema, self.batch_size = sorted(folder.glob("*.parquet")), schema, batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Ids `[F, B]`, scenarios `[B]` and labels `[B, T]`."""
+        features = [feature.name for feature in self.schema.features]
+        labels = [label.name for label in self.schema.labels]
+        groups = [(file, g) for file in self.files for g in range(pq.read_metadata(file).num_row_groups)]
+        rest: list[pa.Table] = []
+        for place in torch.randperm(len(groups)).tolist():
+            file, group = groups[place]
+            rest.append(pq.ParquetFile(file).read_row_group(group, columns=self.schema.columns(), use_threads=False))
+            # So many rows that shuffling them mixes several row groups.
+            if sum(table.num_rows for table in rest) < 8 * self.batch_size and len(groups) > 1:
+                continue
+            yield from self._batches(pa.concat_tables(rest), features, labels)
+            rest = []
+        if rest:
+            yield from self._batches(pa.concat_tables(rest), features, labels)
+
+    def _batches(
+        self, table: pa.Table, features: list[str], labels: list[str]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        order = torch.randperm(table.num_rows)
+        columns = {name: torch.from_numpy(table[name].to_numpy().astype(np.int64))[order] for name in features}
+        truth = torch.stack([torch.from_numpy(table[name].to_numpy().astype(np.float32)) for name in labels], 1)[order]
+        scenario = torch.from_numpy(table[self.schema.scenario].to_numpy().astype(np.int64))[order]
+        ids = torch.stack(list(columns.values()))
+        for start in range(0, table.num_rows, self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield ids[:, part], scenario[part], truth[part]
+
+
+def plainly(run: RunConfig, rounds: int) -> dict[str, Any]:
+    """The figures of the ordinary trainer: epochs, after which the valid split is judged."""
+    schema = run.read_schema()
+    if any(feature.pooling for feature in schema.features) or schema.numerics:
+        raise click.UsageError(f"{run.data}: the plain trainer knows data of single-valued ids alone; choose others")
+    torch.manual_seed(0)
+    model = PlainModel(run, schema)
+    sparse = torch.optim.Adagrad(model.bags.parameters(), lr=0.02)
+    dense = torch.optim.Adam(model.backbone.parameters(), lr=1e-3, fused=True)
+    cpu, wall, rows, auc = [], [], 0, None
+    for _ in range(rounds):
+        before, start, rows = _cpu_of_family(), time.perf_counter(), 0
+        data = PlainRows(run.data / "train", schema, run.loader.batch_size)
+        for ids, scenario, truth in DataLoader(data, batch_size=None, num_workers=1):
+            sparse.zero_grad()
+            dense.zero_grad()
+            loss = nn.functional.binary_cross_entropy_with_logits(model(ids, scenario), truth, reduction="sum")
+            (loss / len(scenario)).backward()  # type: ignore[no-untyped-call]
+            sparse.step()
+            dense.step()
+            rows += len(scenario)
+        cpu.append(_cpu_of_family() - before)
+        wall.append(time.perf_counter() - start)
+        auc = auc or _plain_quality(model, run, schema)
+    return {
+        "data": run.data.name,
+        "workers": 1,
+        "threads": torch.get_num_threads(),
+        "batch_size": run.loader.batch_size,
+        "rounds": rounds,
+        "cpu_seconds_per_million_rows": {"parquet": round(statistics.median(cpu) / rows * 1e6, 2)},
+        "rows_per_second": {"parquet": round(rows / statistics.median(wall))},
+        "auc": auc,
+    }
+
+
+def _plain_quality(model: PlainModel, run: RunConfig, schema: FeatureSchema) -> dict[str, float]:
+    metrics, user = ScenarioMetrics(schema), [feature.name for feature in schema.features].index(schema.user)
+    model.eval()
+    # Alone, for the metrics are summed over ranks.
+    with torch.no_grad(), open_world():
+        for ids, scenario, truth in PlainRows(run.data / "valid", schema, run.loader.batch_size):
+            metrics.update(scenario, ids[user], model(ids, scenario), truth, torch.ones_like(truth))
+        report = metrics.compute()
+    model.train()
+    assert report is not None
+    return report.flat("valid")
+
+
+def _cpu_of_family() -> float:
+    """CPU-seconds of this process and of children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def planted_data(rows: int = 300_000) -> Path:
+    """Planted data of five scenarios, made once."""
+    folder = DATA / "throughput"
+    if not folder.exists():
+        prepare(parse(Synthetic, {"kind": "synthetic", "rows": rows}, "throughput"), folder)
+    return folder
+
+
+def wide_data() -> Path:
+    """Many ids and long lists, made once."""
+    folder = DATA / "throughput-wide"
+    if folder.exists():
+        return folder
+    rng, partial = np.random.default_rng(0), folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "train").mkdir(parents=True)
+    ids, lists = [f"id{n}" for n in range(WIDE_IDS)], [f"list{n}" for n in range(WIDE_LISTS)]
+    FeatureSchema(
+        user=ids[0],
+        item=ids[1],
+        labels=(Label(name="click"),),
+        scenarios=tuple(Scenario(id=s, name=f"scenario {s}") for s in range(5)),
+        tables=tuple(Table(name=name, rows=100_000) for name in (*ids, *lists)),
+        features=(
+            *(Feature(name=name, table=name) for name in ids),
+            *(Feature(name=name, table=name, pooling="sum") for name in lists),
+        ),
+    ).save(partial)
+    columns: dict[str, Any] = {name: (rng.random(WIDE_ROWS) ** 3 * 100_000).astype(np.int64) for name in ids}
+    for name in lists:
+        lengths = rng.integers(0, 2 * WIDE_MEAN + 1, WIDE_ROWS)
+        values = (rng.random(lengths.sum()) ** 3 * 100_000).astype(np.int64)
+        columns[name] = pa.ListArray.from_arrays(np.cumsum([0, *lengths]).astype(np.int32), values)
+    columns["click"] = rng.integers(0, 2, WIDE_ROWS).astype(np.uint8)
+    columns["scenario"] = rng.integers(0, 5, WIDE_ROWS).astype(np.int32)
+    pq.write_table(
+        pa.table(columns),
+        partial / "train" / "part-00000.parquet",
+        row_group_size=-(-WIDE_ROWS // 96),
+        compression="zstd",
+    )
+    partial.rename(folder)
+    return folder
+
+
+def add(results: Path, line: dict[str, Any]) -> None:
+    """Keep a line, with where and with what it was measured, and show it as a row of a table."""
+    results.mkdir(parents=True, exist_ok=True)
+    with open(results / f"{line['measured']}.jsonl", "a") as file:
+        file.write(json.dumps(line | {"machine": machine(), "commit": commit_of_code()}) + "\n")
+    flat = {key: value for key, value in line.items() if key not in ("rounds", "settings", "auc")}
+    cells = [f"{key} {_text(value)}" for key, value in flat.items()]
+    click.echo("| " + " | ".join(cells) + " |")
+
+
+def _text(value: Any) -> str:
+    return ", ".join(f"{k} {v:,}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on, beside the code."""
+    packages = ("torch", "torchrec", "pyarrow")
+    return {
+        "cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def _ratio(one: float, other: float) -> float:
+    return one / other
+
+
+if __name__ == "__main__":
+    main()

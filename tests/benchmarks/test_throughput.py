@@ -1,0 +1,80 @@
+"""The benchmarks of reading and training through the real command."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import canonical
+import command
+
+THROUGHPUT = [sys.executable, str(Path(__file__).parents[2] / "benchmarks" / "throughput.py")]
+LESS = ("loader.partitions=6", "embeddings.init_scale=0.3")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    canonical.write(folder, rows=3000)
+    return folder
+
+
+def measured(tmp_path, *words):
+    """The line that the command kept."""
+    out = tmp_path / "results"
+    done = command.call(*words, "--results", out, launched_by=THROUGHPUT, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "| measured " in done.stdout
+    (file,) = out.iterdir()
+    line = json.loads(file.read_text().splitlines()[-1])
+    assert line["machine"]["torch"]
+    assert line["commit"]
+    return line
+
+
+def test_a_loader_beside_bare_decoding(tmp_path, data):
+    line = measured(tmp_path, "loader", "--data", data, "--rounds", 1, "--batch-size", 200)
+    assert line["rows_per_cpu_second"]["loader"] > 0
+    assert line["share_of_pyarrow"] == pytest.approx(
+        line["rows_per_cpu_second"]["loader"] / line["rows_per_cpu_second"]["pyarrow"], rel=0.01
+    )
+
+
+def test_a_step_of_two_processes_and_its_trace(tmp_path, data):
+    trace = tmp_path / "trace.json"
+    words = ("--rounds", 1, "--steps", 2, "--batch-size", 60, "--workers", 2, "--times", 3, "--profile", trace)
+    line = measured(tmp_path, "step", "--data", data, "--model", "mlp", *words, *LESS)
+    assert (line["workers"], line["batch_size"], line["settings"]) == (2, 120, {"precision": "fp32"})
+    assert line["table_rows"] == 3 * (canonical.USERS + canonical.ITEMS + canonical.TAGS)
+    assert line["cpu_seconds_per_million_rows"]["memory"] > 0
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_epochs_beside_steps_in_memory_and_what_they_learn(tmp_path, data):
+    words = ("--rounds", 1, "--batch-size", 120, "--judge", *LESS, "precision=bf16")
+    line = measured(tmp_path, "end-to-end", "--data", data, "--model", "mlp", *words)
+    assert set(line["cpu_seconds_per_million_rows"]) == {"parquet", "memory"}
+    assert line["auc"]["valid/overall/auc"] > 0.5
+    assert line["settings"] == {"precision": "bf16"}
+
+
+def test_a_checkpoint(tmp_path, data):
+    line = measured(tmp_path, "checkpoint", "--data", data, "--model", "mlp", "--rounds", 1, "--batch-size", 120, *LESS)
+    assert line["bytes_by_tensors"] >= 1
+    assert line["save_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("step", "--model", "foo"), "'foo' is not one of"),
+        (("step", "precision=fp8"), "precision: Input should be 'fp32' or 'bf16'"),
+        (("plain",), "the plain trainer knows data of single-valued ids alone"),
+    ],
+)
+def test_wrong_words_end_in_one_line(tmp_path, data, words, message):
+    done = command.call(*words, "--data", data, "--results", tmp_path, launched_by=THROUGHPUT)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
