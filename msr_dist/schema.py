@@ -3,13 +3,14 @@
     DATA/
       schema.toml
       train/part-00000.parquet ...   one folder per split: train, valid, test
-      vocabulary/TABLE.parquet       row, id, count: which raw id became which row of a table
+      vocabulary/TABLE.parquet       row, id, count: which raw id became which row of a table; not for open vocabularies
       users.parquet, items.parquet   one line per known id: row, id, and text columns, where the source has any
       oracle.json                    the best possible metrics, where the data were planted
 
 Columns of a split: one int64 per single-valued feature, one list<int64> per multi-valued one, one float32 per numeric
 feature, `scenario` (int32), and per label one uint8 plus its optional mask (bool) and weight (float32).
-Row 0 of every table is reserved for ids that the training split does not hold.
+Row 0 of every table is reserved for ids that the training split does not hold. Where a table's vocabulary is open, the
+columns hold hashes instead of rows: integers from 1 to 2^62 - 1, and 0 where there is no id.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,8 @@ SCHEMA_FILE = "schema.toml"
 SPLITS = ("train", "valid", "test")
 UNSEEN = 0
 """The row of every table for ids that training never saw."""
+OPEN_IDS = 1 << 62
+"""Ids of tables with an open vocabulary are below this: hashes, with 0 for an absent id. A bit is left for sums."""
 KNOWLEDGE_TABLE = "knowledge"
 """The table of users' vectors of a language model, in runs that have them."""
 
@@ -54,9 +57,19 @@ class Table(Config):
     width: int = Field(default=16, ge=4, multiple_of=4)
     """Length of one vector; fbgemm's kernels want a multiple of 4."""
     precision: Literal["fp32", "fp16"] = "fp32"
+    """Of the vectors; optimizer state is fp32. fp16 rounds updates at random on GPUs, so that small ones count on
+    average, and to the nearest on CPU, where those below half a step are lost. There is no int8 and no bf16: fbgemm
+    trains neither on CPU, and a run may go on on either device."""
     per_scenario: bool = False
     """Every scenario has `rows` vectors of its own, which start at 0: id i of scenario s is looked up at
     i * scenarios + s, or, where s has no training rows, at that of the scenario that has most."""
+    vocabulary: Literal["open"] | None = None
+    """open: columns hold hashes of ids, and training decides which of them have rows; there is no vocabulary file."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether columns hold hashes of ids instead of rows."""
+        return self.vocabulary == "open"
 
 
 class Feature(Config):
@@ -143,6 +156,14 @@ class FeatureSchema(Config):
                     f"features.{feature.name}: pooling 'attention' needs a single-valued feature of table "
                     f"{feature.table!r} to ask about, and there is none; choose 'mean' or 'sum'"
                 )
+            if feature.pooling == "attention" and self.table(feature.table).is_open:
+                raise ValueError(
+                    f"features.{feature.name}: pooling 'attention' needs a list of the ids of table {feature.table!r}, "
+                    "whose vocabulary is open; choose 'mean' or 'sum'"
+                )
+        for table in self.tables:
+            if table.is_open and table.per_scenario:
+                raise ValueError(f"tables.{table.name}: per_scenario does not go with an open vocabulary; leave it out")
         for role in (self.user, self.item):
             if not any(feature.name == role and feature.pooling is None for feature in self.features):
                 raise ValueError(f"{role!r} stands as user or item, but is no single-valued feature")
@@ -168,6 +189,15 @@ class FeatureSchema(Config):
     def item_table(self) -> Table:
         """The table of the item."""
         return self.table(next(feature.table for feature in self.features if feature.name == self.item))
+
+    def expect_listed(self, tables: Iterable[Table], reader: str) -> None:
+        """Raise ValueError where the vocabulary of a table is open, for a `reader` that needs a list of the ids."""
+        for table in tables:
+            if table.is_open:
+                raise ValueError(
+                    f"tables.{table.name}: {reader} needs a list of its ids, and its vocabulary is open; prepare the "
+                    f"data without open_tables.{table.name}"
+                )
 
     def copies(self, table: Table) -> int:
         """Vectors per id: one, or one per scenario."""

@@ -13,7 +13,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import duckdb
 from pydantic import Field, ValidationInfo, field_validator
@@ -27,7 +27,7 @@ from msr_dist.data.prepare.plan import Plan, make_plan
 from msr_dist.data.prepare.report import PrepareReport, Tally, in_split_order
 from msr_dist.data.prepare.split import assign_splits
 from msr_dist.data.prepare.stage import stage
-from msr_dist.data.prepare.vocabulary import fit_vocabularies, write_vocabularies
+from msr_dist.data.prepare.vocabulary import count_known, fit_vocabularies, write_vocabularies
 from msr_dist.data.prepare.write import write_split
 from msr_dist.schema import SCHEMA_FILE, SPLITS, FeatureSchema, Numeric
 
@@ -41,7 +41,10 @@ class PrepareConfig(Kinded, ABC):
     history: History | None = None
     """A feature with the user's last positive items; absent unless the section is there."""
     min_count: int = Field(default=1, ge=1)
-    """Ids with fewer training rows share the reserved row 0."""
+    """Ids with fewer training rows share the reserved row 0, in tables whose vocabulary is not open."""
+    open_tables: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    """Tables with an open vocabulary, and the rows that schema.toml proposes for each, a multiple of 32: their ids are
+    not listed but hashed, those of all splits alike, and training decides which of them have rows."""
     width: int = Field(default=16, ge=4, multiple_of=4)
     """Length of the embedding vectors that schema.toml proposes for every table."""
     row_group_rows: int = Field(default=65536, ge=1)
@@ -142,7 +145,7 @@ def _build(config: PrepareConfig, scratch: Path, out: Path, progress: Progress) 
             raise ValueError(
                 'split.kind "time" needs columns.time, which is not set; name it, or split.kind = "random"'
             )
-        plan = make_plan(raw, config.history)
+        plan = make_plan(raw, config.history, config.open_tables or {})
         stage(database, plan, config.split)
         progress("assigning the splits")
         counts = assign_splits(database, config.split, raw.scenarios)
@@ -153,6 +156,7 @@ def _build(config: PrepareConfig, scratch: Path, out: Path, progress: Progress) 
         numerics = encode(database, plan)
         schema = _schema(config, plan, tables, numerics, [of_scenario[0] for of_scenario in counts])
         schema.save(folder)
+        users, items = (count_known(database, plan, source) for source in ("users", "items"))
         tallies = {}
         for place, split in enumerate(SPLITS):
             progress(f"writing {split}")
@@ -172,8 +176,8 @@ def _build(config: PrepareConfig, scratch: Path, out: Path, progress: Progress) 
         rows={split: int(tally.rows.sum()) for split, tally in tallies.items()},
         scenarios=in_split_order({split: tally.report(split) for split, tally in tallies.items()}),
         tables=tables,
-        users=tables[plan.user.table] - 1,
-        items=tables[plan.item.table] - 1,
+        users=users,
+        items=items,
         warnings=warnings,
     )
 
@@ -195,7 +199,10 @@ def _schema(
         "time": "time" if plan.raw.columns.time else None,
         "labels": [label.model_dump() for label in plan.labels],
         "scenarios": scenarios,
-        "tables": [{"name": name, "rows": rows, "width": config.width} for name, rows in tables.items()],
+        "tables": [
+            {"name": name, "rows": rows, "width": config.width} | ({"vocabulary": "open"} if name in plan.open else {})
+            for name, rows in tables.items()
+        ],
         "features": features,
         "numerics": [numeric.model_dump() for numeric in numerics],
     }

@@ -7,7 +7,7 @@ import pyarrow as pa
 from msr_dist.data.prepare.database import Database, quoted
 from msr_dist.data.prepare.mapping import SourceName, Split
 from msr_dist.data.prepare.plan import Plan, PlannedFeature, PlannedNumeric
-from msr_dist.data.prepare.vocabulary import vocabulary
+from msr_dist.data.prepare.vocabulary import hashed, vocabulary
 from msr_dist.schema import SPLITS, Numeric
 
 BATCH_ROWS = 1 << 17
@@ -18,7 +18,7 @@ def encode(database: Database, plan: Plan) -> tuple[Numeric, ...]:
     """Make the tables that `stream_split` joins. Returns the numeric features with their statistics."""
     for feature in plan.features:
         if feature.pooling:
-            _encode_list(database, feature)
+            _encode_list(database, plan, feature)
     for source in ("users", "items"):
         _encode_entity(database, plan, source)
     with database.single_threaded():
@@ -74,13 +74,14 @@ def _selected(plan: Plan, numerics: Sequence[Numeric]) -> dict[str, str]:
 
 
 def _selected_feature(plan: Plan, feature: PlannedFeature) -> str:
-    if feature == plan.user:
-        return "coalesce(u.row, 0)"
-    if feature == plan.item:
-        return "coalesce(i.row, 0)"
+    if feature in (plan.user, plan.item):
+        column, alias = ("e.user", "u") if feature == plan.user else ("e.item", "i")
+        return hashed(column) if feature.table in plan.open else f"coalesce({alias}.row, 0)"
     if feature.source != "interactions":
         absent = "[]" if feature.pooling else "0"
         return f"coalesce({_alias(feature.source)}.{quoted(feature.staged)}, {absent})"
+    if feature.table in plan.open and not feature.pooling:
+        return f"coalesce({hashed(f'e.{quoted(feature.staged)}')}, 0)"
     column, absent = ("list", "[]") if feature.pooling else ("row", "0")
     return f"coalesce({quoted(feature.staged)}.{column}, {absent})"
 
@@ -91,7 +92,7 @@ def _joins(plan: Plan) -> list[str]:
         alias = quoted(feature.staged)
         if feature.pooling:
             joins.append(f"LEFT JOIN {quoted(f'list:{feature.name}')} {alias} ON {alias}.key = e.row")
-        else:
+        elif feature.table not in plan.open:
             joins.append(f"LEFT JOIN {vocabulary(feature.table)} {alias} ON {alias}.id = e.{alias}")
     # The last trail that ended before the row's own moment.
     return [*joins, "ASOF LEFT JOIN trail h ON h.user = e.user AND e.time > h.time"] if plan.history else joins
@@ -101,14 +102,20 @@ def _alias(source: SourceName) -> str:
     return {"interactions": "e", "users": "u", "items": "i"}[source]
 
 
-def _encode_list(database: Database, feature: PlannedFeature) -> None:
-    """`list:NAME` (key, list): the known ids of each list, in its order; the key is a row or a user or an item."""
+def _encode_list(database: Database, plan: Plan, feature: PlannedFeature) -> None:
+    """`list:NAME` (key, list): the known ids of each list, in its order; the key is a row or a user or an item.
+
+    Where the vocabulary is open, all are known.
+    """
     table, key = ("events", "row") if feature.source == "interactions" else (f"side_{feature.source}", "id")
     column = quoted(feature.staged)
     flat = f"SELECT {key} AS key, unnest({column}) AS id, generate_subscripts({column}, 1) AS place FROM {table}"
+    row, known = "v.row", f"JOIN {vocabulary(feature.table)} v USING (id)"
+    if feature.table in plan.open:
+        row, known = hashed("id"), "WHERE id IS NOT NULL"
     database.execute(
-        f"CREATE TABLE {quoted(f'list:{feature.name}')} AS SELECT key, list(v.row ORDER BY place) AS list "
-        f"FROM ({flat}) JOIN {vocabulary(feature.table)} v USING (id) GROUP BY key"
+        f"CREATE TABLE {quoted(f'list:{feature.name}')} AS SELECT key, list({row} ORDER BY place) AS list "
+        f"FROM ({flat}) {known} GROUP BY key"
     )
 
 
@@ -116,6 +123,9 @@ def _encode_entity(database: Database, plan: Plan, source: SourceName) -> None:
     """`user_rows` or `item_rows` (id, row, side features): everyone whom training or the side files know."""
     entity, name = plan.entity(source), f"{source.removesuffix('s')}_rows"
     known = f"SELECT row, id FROM {vocabulary(entity.table)}"
+    if entity.table in plan.open:
+        # Whoever is known: everybody's row is a hash, which nobody has to look up.
+        known = f"SELECT 0 AS row, id FROM train_{source}"
     if plan.raw.relation(source) is None:
         database.execute(f"CREATE TABLE {name} AS {known}")
         return
@@ -125,6 +135,8 @@ def _encode_entity(database: Database, plan: Plan, source: SourceName) -> None:
         if feature.pooling:
             columns.append(f"{alias}.list AS {alias}")
             joins.append(f"LEFT JOIN {quoted(f'list:{feature.name}')} {alias} ON {alias}.key = s.id")
+        elif feature.table in plan.open:
+            columns.append(f"{hashed(f's.{alias}')} AS {alias}")
         else:
             columns.append(f"{alias}.row AS {alias}")
             joins.append(f"LEFT JOIN {vocabulary(feature.table)} {alias} ON {alias}.id = s.{alias}")
@@ -143,9 +155,12 @@ def _trail(database: Database, plan: Plan, last: int) -> None:
     the database holds no more than one of them.
     """
     assert plan.history is not None
+    item, known = "i.row", "JOIN item_rows i ON i.id = e.item"
+    if plan.item.table in plan.open:
+        item, known = hashed("e.item"), ""
     positives = (
-        "SELECT e.user, e.time, e.row, i.row AS item FROM events e JOIN item_rows i ON i.id = e.item "
-        f"WHERE {_positive(plan)} AND i.row > 0 AND e.split <= {last}"
+        f"SELECT e.user, e.time, e.row, {item} AS item FROM events e {known} "
+        f"WHERE {_positive(plan)} AND {item} > 0 AND e.split <= {last}"
     )
     window = f"PARTITION BY user ORDER BY time, row ROWS BETWEEN {plan.history.length - 1} PRECEDING AND CURRENT ROW"
     database.execute(

@@ -134,10 +134,11 @@ class Columns(Config):
 class History(Config):
     """The last positive items of the row's user at strictly earlier times, newest first, over the item's table.
 
-    Items that the training split does not hold are left out. With a split by time, a training row sees only training
-    rows, a validation row also validation rows, and a test row any earlier row, as in production: where each scenario
-    has cuts of its own, one's training rows may be later than another's test rows. With any other split only training
-    rows are seen, since a test row may then be earlier than a training row that would show its label.
+    Items that the training split does not hold are left out, unless their vocabulary is open. With a split by time, a
+    training row sees only training rows, a validation row also validation rows, and a test row any earlier row, as in
+    production: where each scenario has cuts of its own, one's training rows may be later than another's test rows. With
+    any other split only training rows are seen, since a test row may then be earlier than a training row that would
+    show its label.
     """
 
     name: str = Field(default="history", min_length=1)

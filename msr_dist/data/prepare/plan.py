@@ -1,7 +1,7 @@
 """Settles, from the columns that the raw files really have, which features come from where and in which type."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -66,6 +66,8 @@ class Plan:
     labels: tuple[Label, ...]
     """The labels in their order, with the names that their masks and weights have in the output."""
     history: History | None
+    open: Mapping[str, int]
+    """Tables with an open vocabulary, and the rows proposed for each."""
 
     def tables(self) -> dict[str, list[PlannedFeature]]:
         """Table -> the features whose ids it holds."""
@@ -94,7 +96,7 @@ class Plan:
         return names.index(self.history.label) if self.history and self.history.label else 0
 
 
-def make_plan(raw: Raw, history: History | None) -> Plan:
+def make_plan(raw: Raw, history: History | None, opened: Mapping[str, int]) -> Plan:
     """Check every column that the configuration names, and settle types. Raises ValueError."""
     columns = raw.columns
     _expect_scenario_names(raw)
@@ -110,7 +112,10 @@ def make_plan(raw: Raw, history: History | None) -> Plan:
     names += ([history.name] if history else []) + [each.name for each in columns.labels]
     labels = _labels(columns, names)
     _expect_distinct([*names, *(name for label in labels for name in (label.mask, label.weight) if name)])
-    plan = Plan(raw, features[0], features[1], features, numerics, labels, history)
+    plan = Plan(raw, features[0], features[1], features, numerics, labels, history, opened)
+    unknown = sorted(set(opened) - set(plan.tables()))
+    if unknown:
+        raise ValueError(f"open_tables: there is no table {unknown[0]!r}; there are {', '.join(plan.tables())}")
     if history and columns.time is None:
         raise ValueError("history: needs columns.time, which is not set")
     if history and history.label and history.label not in [label.name for label in columns.labels]:

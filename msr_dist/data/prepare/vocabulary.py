@@ -1,9 +1,14 @@
-"""Which raw id becomes which row of a table: fitted on the training rows alone, row 0 left for everything else."""
+"""Which raw id becomes which row of a table: fitted on the training rows alone, row 0 left for everything else.
+
+Or, where a table's vocabulary is open, which hash, whatever the training rows hold, and 0 for no id.
+"""
 
 from pathlib import Path
 
 from msr_dist.data.prepare.database import Database, quoted, text
+from msr_dist.data.prepare.mapping import SourceName
 from msr_dist.data.prepare.plan import Plan, PlannedFeature
+from msr_dist.schema import OPEN_IDS
 
 
 def fit_vocabularies(database: Database, plan: Plan, least: int) -> dict[str, int]:
@@ -19,6 +24,9 @@ def fit_vocabularies(database: Database, plan: Plan, least: int) -> dict[str, in
         )
     rows = {}
     for table, features in plan.tables().items():
+        if table in plan.open:
+            rows[table] = plan.open[table]
+            continue
         union = " UNION ALL ".join(_counts(plan, feature) for feature in features)
         database.execute(
             f"CREATE TABLE {vocabulary(table)} AS "
@@ -35,6 +43,22 @@ def vocabulary(table: str) -> str:
     return quoted(f"vocabulary:{table}")
 
 
+def hashed(value: str) -> str:
+    """SQL of an id of an open vocabulary.
+
+    It is 1 + h modulo 2^62 - 1, where h is the last 8 bytes, little-endian, of the MD5 of the id's text. Anybody can
+    compute that; DuckDB's own hash may change between versions.
+    """
+    return f"CAST(1 + md5_number_lower(CAST({value} AS VARCHAR)) % {OPEN_IDS - 1} AS BIGINT)"
+
+
+def count_known(database: Database, plan: Plan, source: SourceName) -> int:
+    """Users or items that training knows."""
+    table = plan.entity(source).table
+    known = f"train_{source}" if table in plan.open else vocabulary(table)
+    return int(database.row(f"SELECT count(*) FROM {known}")[0])
+
+
 def _counts(plan: Plan, feature: PlannedFeature) -> str:
     """SQL of (id, n): in how many training rows each id of `feature` stands."""
     if feature in (plan.user, plan.item):
@@ -48,18 +72,23 @@ def _counts(plan: Plan, feature: PlannedFeature) -> str:
 
 
 def write_vocabularies(database: Database, plan: Plan, out: Path) -> None:
-    """Write vocabulary/TABLE.parquet of every table, and users.parquet and items.parquet with the texts."""
+    """Write vocabulary/TABLE.parquet of every table that has one, and users.parquet and items.parquet with the texts.
+
+    These are of the ids that training knows or, where the vocabulary is open, of all in the side files.
+    """
     (out / "vocabulary").mkdir()
-    for table in plan.tables():
+    for table in [table for table in plan.tables() if table not in plan.open]:
         file = text(str(out / "vocabulary" / f"{table}.parquet"))
         database.execute(f"COPY (SELECT row, id, count FROM {vocabulary(table)} ORDER BY row) TO {file} {FORMAT}")
     for source, names in (("users", plan.raw.columns.user_text), ("items", plan.raw.columns.item_text)):
         if not names:
             continue
         entity = plan.user if source == "users" else plan.item
+        opened = f"(SELECT {hashed('id')} AS row, id FROM side_{source})"
+        known = opened if entity.table in plan.open else vocabulary(entity.table)
         texts = "".join(f", coalesce(s.{quoted(f'text:{name}')}, '') AS {quoted(name)}" for name in names)
         database.execute(
-            f"COPY (SELECT v.row, v.id{texts} FROM {vocabulary(entity.table)} v LEFT JOIN side_{source} s "
+            f"COPY (SELECT v.row, v.id{texts} FROM {known} v LEFT JOIN side_{source} s "
             f"ON s.id = v.id ORDER BY v.row) TO {text(str(out / f'{source}.parquet'))} {FORMAT}"
         )
 
