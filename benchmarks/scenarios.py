@@ -27,9 +27,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
 from msr_dist.batch import ScenarioBatch  # noqa: E402
 from msr_dist.config import kind_config  # noqa: E402
 from msr_dist.distributed import World, open_world  # noqa: E402
+from msr_dist.layout import ParallelConfig  # noqa: E402
 from msr_dist.models.base import BackboneConfig  # noqa: E402
 from msr_dist.optim import DenseOptimizer, SparseOptimizer  # noqa: E402
-from msr_dist.parallel import ParallelConfig, Sharded, shard  # noqa: E402
+from msr_dist.parallel import Sharded, shard  # noqa: E402
 from msr_dist.recommender import EmbeddingsConfig, Recommender  # noqa: E402
 from msr_dist.schema import Feature, FeatureSchema, Label, Scenario, Table  # noqa: E402
 

@@ -8,11 +8,13 @@ Ray's copy of the working directory. A job that was lost is submitted again: it 
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
 
 from msr_dist.launch import LaunchError, launch, log_to_stderr, set_threads
+from msr_dist.stopping import STATUS, Stopped
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,7 +22,8 @@ from msr_dist.launch import LaunchError, launch, log_to_stderr, set_threads
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Ranks: one per GPU, or core.")
 @click.option("--restarts", default=3, show_default=True, type=click.IntRange(0), help="After a worker is lost.")
-def main(config: Path, settings: tuple[str, ...], workers: int, restarts: int) -> None:
+@click.option("--min-workers", type=click.IntRange(1), help="Go on with as few while machines are missing.")
+def main(config: Path, settings: tuple[str, ...], workers: int, restarts: int, min_workers: int | None) -> None:
     """Train the run that CONFIG (TOML) describes on Ray, or go on with it; see `msr-dist train --help`.
 
     \b
@@ -36,14 +39,19 @@ def main(config: Path, settings: tuple[str, ...], workers: int, restarts: int) -
 
     from msr_dist.config import load
     from msr_dist.evaluate import report_table
+    from msr_dist.ray_metrics import show
     from msr_dist.run import RunConfig
-    from msr_dist.train import check, train
+    from msr_dist.train import check, fewer_workers, train
 
     try:
         run = load(RunConfig, config, settings).absolute()
         check(run, workers)
+        fewer = fewer_workers(run, min_workers, workers)
         run = run.claim_folder()
-        launch(train, run, "ray", workers, run.folder, restarts)
+        launch(partial(train, show=partial(show, run.name)), run, "ray", workers, run.folder, restarts, fewer)
+    except Stopped as stopped:
+        click.echo(f"train: {stopped}", err=True)
+        sys.exit(STATUS)
     except (ValueError, OSError, LaunchError) as error:
         for line in str(error).splitlines():
             click.echo(f"train: {line}", err=True)

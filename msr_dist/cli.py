@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from msr_dist import stopping
 from msr_dist.launch import Launcher, LaunchError, launch, log_to_stderr, set_threads, world_size
 
 if TYPE_CHECKING:
@@ -20,8 +21,23 @@ if TYPE_CHECKING:
 _FOLDER = click.Path(path_type=Path)
 
 
+class _Size(click.ParamType[int]):
+    """Bytes, with a unit."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        from pydantic import ByteSize, TypeAdapter, ValidationError
+
+        try:
+            # Without a unit, 80 would be 80 bytes.
+            return int(TypeAdapter(ByteSize).validate_python("no unit" if str(value).isdecimal() else value))
+        except ValidationError:
+            self.fail(f"{value!r} is no size: give a number and a unit, such as 141GiB or 80GB", param, context)
+
+
 class _Commands(click.Group):
-    """Bad input ends in one line per fault and status 2, lost workers in one line and status 1."""
+    """Bad input ends in one line per fault and status 2, lost workers in one line and status 1, a stop in status 75."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -33,6 +49,9 @@ class _Commands(click.Group):
         except LaunchError as error:
             click.echo(f"msr-dist: {error}", err=True)
             context.exit(1)
+        except stopping.Stopped as stopped:
+            click.echo(f"msr-dist: {stopped}", err=True)
+            context.exit(stopping.STATUS)
 
 
 def _launching(command: Any) -> Any:
@@ -83,6 +102,7 @@ def prepare(kind: str, out: Path, settings: tuple[str, ...], config: Path | None
     KIND is the source:
       synthetic  planted data whose best possible AUC is known
       tastes     planted choices in scenarios with items of their own, for two towers; the best recall is known
+      drifting   planted clicks of users and items that come and go, for open vocabularies; the best AUC is known
       movielens  MovieLens-1M, the publisher's zip or folder; three age groups as scenarios
       kuairand   KuaiRand (Pure, 1K, 27K), the publisher's folder; tabs of the app as scenarios
       mind       MIND news, the publisher's train and dev folders; news categories as scenarios
@@ -115,14 +135,27 @@ def prepare(kind: str, out: Path, settings: tuple[str, ...], config: Path | None
 @click.argument("config", type=_FOLDER)
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @_launching
+@click.option(
+    "--min-workers",
+    type=click.IntRange(1),
+    help="On Ray: go on with as few while machines are missing, and with --workers again when they are back.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration and the sharding plan, then stop.")
 def train(
-    config: Path, settings: tuple[str, ...], launcher: Launcher, workers: int, restarts: int, dry_run: bool
+    config: Path,
+    settings: tuple[str, ...],
+    launcher: Launcher,
+    workers: int,
+    restarts: int,
+    min_workers: int | None,
+    dry_run: bool,
 ) -> None:
     """Train the run that CONFIG (TOML) describes, or go on with it where it stopped, and evaluate it per scenario.
 
     Models predict labels (star, mmoe, ...), or find items: sass and two_tower, whose stages have the objectives
     contrastive (pre-training) and retrieval.
+
+    Ctrl-C, or SIGTERM, saves after the step that the run is in, and ends with status 75; a second one ends at once.
 
     \b
     Examples:
@@ -130,18 +163,23 @@ def train(
       msr-dist train jobs/configs/quickstart.toml name=star model.kind=star --launcher ray --workers 2
       msr-dist train jobs/configs/quickstart.toml --workers 4 --dry-run
       msr-dist train jobs/configs/sass-tastes.toml --workers 2
+      msr-dist train jobs/configs/quickstart.toml --launcher ray --workers 8 --min-workers 2
       torchrun --nproc-per-node 2 -m msr_dist train jobs/configs/quickstart.toml
     """
+    if min_workers is not None and launcher != "ray":
+        raise ValueError("--min-workers is for --launcher ray: the workers of one machine come and go together")
     workers = _own_workers(launcher, workers)
     set_threads(workers)
     from msr_dist.config import dump, load
     from msr_dist.distributed import is_first
+    from msr_dist.ray_metrics import show
     from msr_dist.run import RunConfig
-    from msr_dist.train import check
+    from msr_dist.train import check, fewer_workers
     from msr_dist.train import train as train_run
 
     run = load(RunConfig, config, settings).absolute()
     check(run, workers)
+    fewer = fewer_workers(run, min_workers, workers)
     # Workers of a cluster may have other devices and more memory than this machine: theirs is another plan.
     plan = run.dry_plan(workers) if launcher == "local" or dry_run else ""
     if dry_run:
@@ -149,9 +187,77 @@ def train(
         return
     if is_first():
         run = run.claim_folder()
-    _everywhere(train_run, run, launcher, workers, restarts)
+    shown = partial(train_run, show=partial(show, run.name)) if launcher == "ray" else train_run
+    _everywhere(shown, run, launcher, workers, restarts, fewer)
     if is_first():
         _show(run, run.evaluation.final, config)
+
+
+@main.command()
+@click.argument("config", type=_FOLDER)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--gpus", type=click.IntRange(1), help="Number of GPUs, one rank each.")
+@click.option("--hbm", type=_Size(), help="Memory of a GPU, such as 141GiB or 80GB.")
+@click.option("--per-machine", default=8, show_default=True, type=click.IntRange(1), help="GPUs of one machine.")
+@click.option("--cpus", type=click.IntRange(1), help="Number of CPU processes, one rank each.")
+@click.option("--memory", type=_Size(), help="Main memory of one rank; with --gpus, for cached tables.")
+@click.option("--schema", type=_FOLDER, help="A schema.toml, where the data of CONFIG are not here.")
+@click.option("--rows", multiple=True, metavar="TABLE=ROWS", help="Rows of a table, instead of the schema's.")
+@click.option(
+    "--list-length", default=10.0, show_default=True, type=click.FloatRange(1), help="Mean ids of a list feature."
+)
+@click.option("--out", type=_FOLDER, help="Write the plan to this TOML file, to edit and to train with.")
+def plan(
+    config: Path,
+    settings: tuple[str, ...],
+    schema: Path | None,
+    rows: tuple[str, ...],
+    list_length: float,
+    out: Path | None,
+    **machines: Any,
+) -> None:
+    """Say where the tables of CONFIG go on machines that need not be there, what every rank needs, and if it fits.
+
+    Nothing but CONFIG and a schema is read, and no table is allocated: billions of rows take seconds. Ends with status
+    1 where the run does not fit; the smallest number of ranks that fits, of those that divide loader.partitions, is
+    printed in any case.
+
+    \b
+    Examples:
+      msr-dist plan jobs/configs/quickstart.toml --cpus 2 --memory 8GiB
+      msr-dist plan run.toml --gpus 64 --hbm 141GiB loader.partitions=192 --schema schema.toml
+      msr-dist plan run.toml --gpus 64 --hbm 80GB loader.partitions=192 --rows user=10_000_000_000
+      msr-dist plan run.toml --gpus 8 --hbm 80GiB --memory 200GiB parallel.cache=0.2
+      msr-dist plan run.toml --cpus 2 --memory 8GiB --out plan.toml
+      msr-dist train run.toml --workers 2 parallel.plan=plan.toml
+    """
+    set_threads(1)
+    from rich.console import Console
+
+    from msr_dist.config import load
+    from msr_dist.plan import Machines, Planner, read_schema, size_text
+    from msr_dist.run import RunConfig
+
+    wanted = Machines.of(**machines)
+    run = load(RunConfig, config, settings).absolute()
+    planner = Planner(run, read_schema(run, schema, rows), list_length)
+    found = planner.plan(wanted)
+    fewest = planner.fewest(found)
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(found.tables())
+    console.print(found.memory())
+    usable, needed = wanted.usable, sum(found.rank_bytes(found.fullest).values())
+    margin = f" of {size_text(wanted.hbm)}" if wanted.hbm else ""
+    click.echo(
+        f"fits     {'yes' if found.fits else 'NO'}: {size_text(needed)} needed, {size_text(usable)}{margin} usable"
+    )
+    click.echo(f"step     {found.estimate.milliseconds:.1f} ms of lookups and their communication, by TorchRec's model")
+    click.echo(f"fewest   {fewest.machines.ranks if fewest else 'no number'} of those that divide loader.partitions")
+    if out is not None:
+        found.write(out)
+        click.echo(f"plan     {_near(out.absolute())}")
+    if not found.fits:
+        click.get_current_context().exit(1)
 
 
 @main.command()
@@ -386,6 +492,43 @@ def prompts(config: Path, settings: tuple[str, ...], user: str | None, scenario:
         click.echo(f"{text[start:]}\n")
 
 
+@main.command()
+@click.argument("job")
+@click.argument("arguments", nargs=-1, required=True, metavar="CONFIG [KEY=VALUE]...")
+@click.option("--address", envvar="RAY_API_SERVER_ADDRESS", required=True, help="Job server, as http://HOST:8265.")
+@click.option("--workers", type=click.IntRange(1), help="Number of the job's workers.")
+@click.option("--follow", is_flag=True, help="Show what the job says until it ends, and end as it does.")
+def submit(job: str, arguments: tuple[str, ...], address: str, workers: int | None, follow: bool) -> None:
+    """Have a Ray cluster run jobs/JOB.py, as it is in this folder, with CONFIG and what is behind it.
+
+    The folder is sent along, without data/, runs/, knowledge/ and what .gitignore names: data and results lie on a file
+    system that all machines share, at absolute paths. Other options of the job stand behind a --. A cluster that asks
+    for a token is given Ray's: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH. Ctrl-C leaves the job
+    running.
+
+    \b
+    Examples:
+      msr-dist submit pipeline jobs/configs/pipeline-quickstart.toml --workers 8 --address http://127.0.0.1:8265 \
+        --follow data=/shared/data/quickstart store=/shared/knowledge/quickstart train.runs=/shared/runs
+      msr-dist submit evaluate /shared/runs/quickstart --address http://127.0.0.1:8265 -- --split valid
+    """
+    from msr_dist.submit import JobServer
+
+    server = JobServer(address)
+    chosen = arguments if workers is None else ("--workers", str(workers), *arguments)
+    submission = server.submit(job, chosen, Path.cwd())
+    click.echo("\n".join([f"job      {submission}", *server.hints(submission)]))
+    if not follow:
+        return
+    try:
+        succeeded = server.follow(submission, partial(click.echo, nl=False))
+    except KeyboardInterrupt:
+        click.echo("\n".join(["", f"{submission} goes on:", *server.hints(submission)]), err=True)
+        sys.exit(130)
+    if not succeeded:
+        sys.exit(1)
+
+
 def _own_workers(launcher: Launcher, workers: int) -> int:
     """The number of workers: what --workers says, or what something like torchrun has started."""
     started = world_size()
@@ -395,13 +538,18 @@ def _own_workers(launcher: Launcher, workers: int) -> int:
 
 
 def _everywhere(
-    function: "Callable[[RunConfig], None]", run: "RunConfig", launcher: Launcher, workers: int, restarts: int
+    function: "Callable[[RunConfig], None]",
+    run: "RunConfig",
+    launcher: Launcher,
+    workers: int,
+    restarts: int,
+    fewer: tuple[int, ...] = (),
 ) -> None:
     """Call `function` on all workers: those that something like torchrun has started already, or our own."""
     if world_size():
         function(run)
     else:
-        launch(function, run, launcher, workers, run.folder, restarts)
+        launch(function, run, launcher, workers, run.folder, restarts, fewer)
 
 
 def _show(run: "RunConfig", split: str, config: Path | None = None) -> None:

@@ -3,20 +3,47 @@
 Imports neither torch nor ray before it must: thread settings have to stand in the environment when torch is loaded.
 """
 
+import ctypes
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
+import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
+
+from msr_dist import stopping
+from msr_dist.stopping import Stopped
 
 log = logging.getLogger(__name__)
 
 A = TypeVar("A")
 Launcher = Literal["local", "ray"]
+
+_GRACE = 1.0
+"""Seconds that ranks have to end by themselves after one of them has failed, and again after they were told to."""
+_LOOK = 0.5
+"""Seconds between two looks at whether workers are done, or shall stop."""
+_PATIENCE = 30
+"""Whole seconds that a cluster has to make room for all workers before fewer are taken."""
+_MOMENT = 5
+"""Whole seconds in which a cluster reserves room that it has."""
+_WISHES, _BEGUN = b"msr_dist stop", b"msr_dist begun"
+"""Where workers are told to stop, and say that they have begun, among Ray's own notes: that a file is absent may be
+remembered by a worker's machine."""
+
+
+_KEPT = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
+"""glibc keeps freed memory for the next step, instead of having the system clear the same pages again and again: a step
+on CPUs takes about a tenth less. Is read where a process starts, so it holds for those that are started from now on."""
 
 
 def set_threads(workers: int) -> dict[str, str]:
@@ -26,10 +53,19 @@ def set_threads(workers: int) -> dict[str, str]:
     slower; none at all, as passive would have it, wakes threads for every small product and takes up to twice as long.
     """
     threads = str(max(1, (os.cpu_count() or 1) // workers))
-    settings = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
+    settings = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"} | _KEPT
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    _keep_memory()
     return {name: os.environ[name] for name in settings}
+
+
+def _keep_memory() -> None:
+    """What `_KEPT` does, in this process; nothing where there is no glibc."""
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, name in ((-3, "MALLOC_MMAP_THRESHOLD_"), (-1, "MALLOC_TRIM_THRESHOLD_")):
+            mallopt(parameter, int(os.environ[name]))
 
 
 def world_size() -> int:
@@ -38,35 +74,48 @@ def world_size() -> int:
 
 
 def launch(
-    function: Callable[[A], None], argument: A, launcher: Launcher, workers: int, folder: Path, restarts: int = 0
+    function: Callable[[A], None],
+    argument: A,
+    launcher: Launcher,
+    workers: int,
+    folder: Path,
+    restarts: int = 0,
+    fewer: Sequence[int] = (),
 ) -> None:
     """Call `function(argument)` in every one of `workers` processes that know each other, and wait.
 
     When a worker is lost, all start again, at most `restarts` times. A ValueError is the user's to mend and is raised
-    at once. `folder`, which all workers share, takes what the launcher writes.
+    at once. SIGTERM and SIGINT are passed on to the workers. `folder`, which all workers share, takes what the launcher
+    writes. On Ray, a cluster that has lost machines is used with one of `fewer` workers, until it has room for more:
+    then `function` is asked to stop, and called again.
 
     Raises:
         ValueError: what a worker raised.
         LaunchError: workers failed for another reason, more often than `restarts`.
+        Stopped: the workers were asked to stop, and did.
     """
     environment = set_threads(workers)
     if launcher == "local" and workers == 1:
         return function(argument)
-    attempt = _on_ray if launcher == "ray" else _in_processes
+    attempt = _Ray(workers, fewer, folder, environment) if launcher == "ray" else _Processes(workers, folder)
     for left in range(restarts, -1, -1):
-        refusal = folder / f"refused-{uuid.uuid4().hex}"
+        call = _Call(function, argument, folder, uuid.uuid4().hex)
+        (folder / stopping.LAST_WORDS).unlink(missing_ok=True)
         try:
-            return attempt((function, argument, refusal), workers, folder, environment)
+            attempt(call)
         except _WorkersLostError as lost:
-            if refusal.exists():
-                message = refusal.read_text()
-                refusal.unlink()
-                raise ValueError(message) from None
-            failure = folder / "failure.txt"
+            if (refusal := call.noted(_REFUSED)) is not None:
+                raise ValueError(refusal) from None
+            failure, last_words = folder / "failure.txt", folder / stopping.LAST_WORDS
             failure.write_text(lost.details)
+            how = last_words.read_text() if last_words.exists() else str(lost)
             if not left:
-                raise LaunchError(f"workers failed: {lost}; the whole of it is in {failure}") from None
-            log.warning("workers failed (%s); starting all again, %d tries left", lost, left)
+                raise LaunchError(f"workers failed: {how}; the whole of it is in {failure}") from None
+            log.warning("workers failed (%s); starting all again, %d tries left", how, left)
+        else:
+            if (stopped := call.noted(_STOPPED)) is not None:
+                raise Stopped(stopped)
+            return None
     raise AssertionError
 
 
@@ -82,16 +131,43 @@ class _WorkersLostError(Exception):
         self.details = details
 
 
-def _guarded(function: Callable[[A], None], argument: A, refusal: Path) -> None:
-    """Leave the message of a ValueError in a file: launchers hand back tracebacks, each in a form of its own."""
-    log_to_stderr()
-    try:
-        function(argument)
-    except ValueError as error:
-        partial = refusal.with_name(f"{refusal.name}.{os.getpid()}")
+_REFUSED, _STOPPED = "refused", "stopped"
+_KILLED = "stopped by a signal; the same command goes on from the last checkpoint, where there is one"
+
+
+@dataclass(frozen=True)
+class _Call(Generic[A]):
+    """What every worker does. How it ended is left in files: launchers hand back tracebacks, each in its own form."""
+
+    function: Callable[[A], None]
+    argument: A
+    folder: Path
+    name: str
+
+    def __call__(self) -> None:
+        log_to_stderr()
+        try:
+            self.function(self.argument)
+        except ValueError as error:
+            self._note(_REFUSED, error)
+            raise
+        except Stopped as stopped:
+            self._note(_STOPPED, stopped)
+
+    def noted(self, how: str) -> str | None:
+        """What a worker that ended that way said, once."""
+        note = self.folder / f"{how}-{self.name}"
+        if not note.exists():
+            return None
+        message = note.read_text()
+        note.unlink()
+        return message
+
+    def _note(self, how: str, error: BaseException) -> None:
+        note = self.folder / f"{how}-{self.name}"
+        partial = note.with_name(f"{note.name}.{os.getpid()}")
         partial.write_text(str(error))
-        partial.replace(refusal)
-        raise
+        partial.replace(note)
 
 
 def log_to_stderr() -> None:
@@ -110,30 +186,53 @@ def silence() -> None:
     logging.disable(logging.INFO)
 
 
-def _in_processes(call: tuple[Any, ...], workers: int, folder: Path, _environment: dict[str, str]) -> None:
-    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
+class _Processes:
+    """Processes of this machine."""
 
-    # They meet in a folder and talk over the loopback interface: no port that another machine could reach.
-    meeting = folder / f"meeting-{uuid.uuid4().hex}"
-    meeting.mkdir(parents=True)
-    os.environ.update(dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback()))
-    try:
-        spawn(_rank, (workers, meeting, call), workers)  # type: ignore[no-untyped-call]
-    except ProcessExitedException as error:
-        raise _WorkersLostError(f"rank {error.error_index}: {error}", str(error)) from None
-    except ProcessRaisedException as error:
-        raise _WorkersLostError(f"rank {error.error_index}: {_last_line(error)}", str(error)) from None
-    finally:
-        shutil.rmtree(meeting, ignore_errors=True)
+    def __init__(self, workers: int, folder: Path) -> None:
+        self._workers, self._folder = workers, folder
+
+    def __call__(self, call: _Call[Any]) -> None:
+        from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
+
+        # They meet in a folder and talk over the loopback interface: no port that another machine could reach.
+        meeting = self._folder / f"meeting-{uuid.uuid4().hex}"
+        meeting.mkdir(parents=True)
+        os.environ.update(dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback()))
+        pids: list[int] = []
+
+        def pass_on() -> None:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+
+        with stopping.on_signals(alone=True, then=pass_on):
+            context = start_processes(_rank, (self._workers, meeting, call), self._workers, join=False)  # type: ignore[no-untyped-call]
+            pids += context.pids()
+            if stopping.asked():
+                pass_on()
+            try:
+                while not context.join(grace_period=_GRACE):
+                    pass
+            except (ProcessExitedException, ProcessRaisedException) as error:
+                if stopping.asked():
+                    raise Stopped(_KILLED) from None
+                raised = isinstance(error, ProcessRaisedException)
+                line = f"rank {error.error_index}: {_last_line(error) if raised else error}"
+                raise _WorkersLostError(line, str(error)) from None
+            finally:
+                for process in context.processes:
+                    process.kill()
+                shutil.rmtree(meeting, ignore_errors=True)
 
 
-def _rank(rank: int, workers: int, meeting: Path, call: tuple[Any, ...]) -> None:
+def _rank(rank: int, workers: int, meeting: Path, call: _Call[Any]) -> None:
     from msr_dist.distributed import MEETING
 
     os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
     os.environ |= {name: str(workers) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     os.environ[MEETING] = str(meeting)
-    _guarded(*call)
+    call()
     # All is done and on disk: what native threads do while the interpreter is taken apart must not fail the run.
     logging.shutdown()
     sys.stdout.flush()
@@ -153,30 +252,143 @@ def _loopback() -> str:
     return addresses.get("127.0.0.1", "lo")
 
 
-def _on_ray(call: tuple[Any, ...], workers: int, folder: Path, environment: dict[str, str]) -> None:
-    # Ray's own printing repeats what the workers log.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    connect(workers, environment)
-    import ray
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
+class _Ray:
+    """Workers of Ray Train's. It starts them once; whether they are started again is for `launch` alone to say."""
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if 0 < gpus < workers:
-        raise ValueError(f"{workers} workers, but the Ray cluster has {gpus} GPUs: give --workers {gpus}, or add GPUs")
-    on_gpus = gpus > 0
-    trainer = TorchTrainer(
-        lambda: _guarded(*call),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=on_gpus),
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpus else "gloo"),
+    def __init__(self, workers: int, fewer: Sequence[int], folder: Path, environment: dict[str, str]) -> None:
+        # Ray's own printing repeats what the workers log.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+        connect(workers, environment)
+        import ray
+
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        if 0 < gpus < min((workers, *fewer)):
+            raise ValueError(
+                f"{workers} workers, but the Ray cluster has {gpus} GPUs: give --workers {gpus}, or add GPUs"
+            )
+        # Found once: a run that has begun on GPUs does not go on without them.
+        self._on_gpus = gpus > 0
+        self._sizes = sorted({workers, *fewer}, reverse=True)
+        self._folder = folder
+
+    def __call__(self, call: _Call[Any]) -> None:
+        patience = _PATIENCE
+        while self._fit(call, self._size(patience)):
+            patience = _MOMENT
+
+    def _fit(self, call: _Call[Any], workers: int) -> bool:
+        """Whether the workers were stopped because there is room for more of them."""
+        from ray.experimental import internal_kv
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.exceptions import TrainingFailedError
+
         # A name that was used before would resume Ray's own record of it; ours is in the checkpoints.
-        run_config=RunConfig(name=uuid.uuid4().hex, storage_path=str(folder / "ray")),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise _WorkersLostError(_last_line(error), str(error)) from None
+        name = uuid.uuid4().hex
+        elastic = len(self._sizes) > 1
+        trainer = TorchTrainer(
+            lambda: _listening(call, name),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=self._on_gpus),
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if self._on_gpus else "gloo"),
+            run_config=RunConfig(
+                name=name,
+                storage_path=str(self._folder / "ray"),
+                # A full cluster is waited for, unless fewer workers would do.
+                failure_config=FailureConfig(
+                    max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if elastic else -1
+                ),
+            ),
+        )
+        grows = told = False
+        there_is_room: Callable[[int], bool] | None = None
+        with stopping.on_signals(alone=True), ExitStack() as reserved:
+            # In a thread: in the main one, Ray Train would take Ctrl-C for itself, and leave its resources reserved.
+            fit = _begin(trainer.fit)
+            try:
+                while not wait([fit], timeout=_LOOK).done:
+                    # Asked for before the workers are there, it would be their own room.
+                    if there_is_room is None and internal_kv._internal_kv_exists(name, namespace=_BEGUN):
+                        there_is_room = reserved.enter_context(self._room_beyond(workers))
+                    if not grows and there_is_room is not None and there_is_room(0):
+                        grows = True
+                        log.info("the cluster has room for more than %d workers: they shall stop, and go on", workers)
+                    if (grows or stopping.asked()) and not told:
+                        told = True
+                        internal_kv._internal_kv_put(name, b"", namespace=_WISHES)
+                fit.result()
+            except TrainingFailedError as error:
+                if stopping.asked():
+                    raise Stopped(_KILLED) from None
+                raise _WorkersLostError(_last_line(error), str(error)) from None
+            finally:
+                if not fit.done():
+                    internal_kv._internal_kv_put(name, b"", namespace=_WISHES)
+                else:
+                    internal_kv._internal_kv_del(name, namespace=_WISHES)
+                    internal_kv._internal_kv_del(name, namespace=_BEGUN)
+            return grows and not stopping.asked() and call.noted(_STOPPED) is not None
+
+    def _size(self, patience: int) -> int:
+        """The largest of the possible numbers of workers that the cluster has room for, after some time."""
+        if len(self._sizes) == 1:
+            return self._sizes[0]
+        told = False
+        while True:
+            for size in self._sizes:
+                with self._reserved(size) as there_is_room:
+                    if there_is_room(patience if size == self._sizes[0] else _MOMENT):
+                        if size < self._sizes[0]:
+                            log.warning("the cluster has room for %d of %d workers: going on", size, self._sizes[0])
+                        return size
+            if not told:
+                log.warning("the cluster has no room for %d workers: waiting for it", self._sizes[-1])
+            told = True
+
+    def _room_beyond(self, workers: int) -> AbstractContextManager[Callable[[int], bool]]:
+        """Says whether there is room for the next larger number of workers beside `workers`."""
+        more = [size for size in self._sizes if size > workers]
+        return self._reserved(more[-1] - workers) if more else nullcontext(lambda _: False)
+
+    @contextmanager
+    def _reserved(self, workers: int) -> Iterator[Callable[[int], bool]]:
+        """Ask the cluster, and what makes it larger, for room; says whether it is there within so many seconds."""
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        group = placement_group([{"GPU" if self._on_gpus else "CPU": 1}] * workers)
+        try:
+            # Parts of a second count as none.
+            yield lambda seconds: bool(group.wait(seconds))
+        finally:
+            remove_placement_group(group)
+
+
+def _begin(function: Callable[[], Any]) -> Future[Any]:
+    """Call `function` in a thread that the end of the process does not wait for."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="fit").start()
+    return future
+
+
+def _listening(call: _Call[Any], name: str) -> None:
+    """The call, in a worker of Ray's; whether it shall stop is asked of the cluster."""
+
+    def listen() -> None:
+        from ray.experimental import internal_kv
+
+        internal_kv._internal_kv_put(name, b"", namespace=_BEGUN)
+        while not internal_kv._internal_kv_exists(name, namespace=_WISHES):
+            time.sleep(_LOOK)
+        stopping.ask()
+
+    threading.Thread(target=listen, daemon=True, name="listener").start()
+    call()
 
 
 def _cluster() -> bool:

@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
@@ -18,10 +18,13 @@ from msr_dist.models.base import Backbone, Behaviours, Inputs, Widths
 from msr_dist.models.layers import TargetAttention
 from msr_dist.models.objectives import Contrastive, Retrieval, Shown
 from msr_dist.models.towers import TwoTower
-from msr_dist.schema import KNOWLEDGE_TABLE, UNSEEN, Feature, FeatureSchema, Table
+from msr_dist.schema import KNOWLEDGE_TABLE, OPEN_IDS, UNSEEN, Feature, FeatureSchema, Table
+from msr_dist.vocabulary import WAYS, VocabularyConfig, managed_bags
 
 PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 _MOST_STAND_INS = 8
+_OF_OPEN = ("rows", *VocabularyConfig.model_fields)
+"""Settings of tables with an open vocabulary."""
 
 
 class TableOverride(Config):
@@ -31,6 +34,22 @@ class TableOverride(Config):
     precision: Literal["fp32", "fp16"] | None = None
     per_scenario: bool | None = None
     """Every scenario has vectors of its own."""
+    rows: int | None = Field(default=None, ge=WAYS, multiple_of=WAYS)
+    """Open vocabularies: number of vectors. In each 32, one is shared by the ids that have none of their own."""
+    collisions: Literal["managed", "shared"] | None = None
+    """Open vocabularies: managed lends vectors to ids that are frequent by now, which is the default; shared is plain
+    hashing."""
+    min_count: int | None = Field(default=None, ge=1)
+    """Open vocabularies: occurrences in training before an id gets a vector of its own; by default 2."""
+    half_life: int | None = Field(default=None, ge=1)
+    """Open vocabularies: steps after which an occurrence counts half, by default 10,000."""
+
+    @model_validator(mode="after")
+    def _counts(self) -> Self:
+        for key in ("min_count", "half_life"):
+            if self.collisions == "shared" and getattr(self, key) is not None:
+                raise ValueError(f"{key}: collisions 'shared' counts nothing; leave it out, or choose 'managed'")
+        return self
 
 
 class FeatureOverride(Config):
@@ -63,6 +82,7 @@ class EmbeddingsConfig(TableOverride):
             raise ValueError(
                 f"embeddings.features: no list {unknown[0]!r} in the data; it has {', '.join(lists) or 'none'}"
             )
+        self._expect_open(schema)
         features = tuple(self._feature(feature) for feature in schema.features)
         tables = tuple(self._table(table) for table in schema.tables)
         # Parsed again, for a pooling may not fit the other features.
@@ -76,11 +96,38 @@ class EmbeddingsConfig(TableOverride):
         override = self.features.get(feature.name)
         return feature if override is None else feature.model_copy(update={"pooling": override.pooling})
 
+    def vocabulary(self, table: Table) -> VocabularyConfig:
+        """How ids share the rows of a table with an open vocabulary."""
+        return VocabularyConfig(**self._settings(table, set(VocabularyConfig.model_fields)))
+
+    def _expect_open(self, schema: FeatureSchema) -> None:
+        """Raise ValueError for settings of open vocabularies where there is none, and for odd numbers of rows."""
+        closed = {f"tables.{table.name}.": table.name for table in schema.tables if not table.is_open}
+        given = {place: self.tables[name] for place, name in closed.items() if name in self.tables}
+        if len(closed) == len(schema.tables):
+            given[""] = self
+        for place, override in given.items():
+            for key in _OF_OPEN:
+                if getattr(override, key) is not None:
+                    raise ValueError(
+                        f"embeddings.{place}{key}: is for tables with an open vocabulary, and the data have a list of "
+                        "the ids: leave it out, or prepare the data with open_tables.TABLE=ROWS"
+                    )
+        for table in schema.tables:
+            rows = self._table(table).rows
+            if table.is_open and rows % WAYS:
+                raise ValueError(f"embeddings.tables.{table.name}.rows: {rows} is no multiple of {WAYS}; round it")
+
     def _table(self, table: Table) -> Table:
-        changes = self.model_dump(include={"width", "precision", "per_scenario"}, exclude_none=True)
+        names = {"width", "precision", "per_scenario"} | ({"rows"} if table.is_open else set())
+        return table.model_copy(update=self._settings(table, names))
+
+    def _settings(self, table: Table, names: set[str]) -> dict[str, Any]:
+        """Those of `names` that are given, for this table or else for all."""
+        settings = self.model_dump(include=names, exclude_none=True)
         if table.name in self.tables:
-            changes |= self.tables[table.name].model_dump(exclude_none=True)
-        return table.model_copy(update=changes)
+            settings |= self.tables[table.name].model_dump(include=names, exclude_none=True)
+        return settings
 
 
 @dataclass
@@ -95,6 +142,7 @@ class Predictions:
 
 
 Side = Literal["user", "item"]
+Precision = Literal["fp32", "bf16"]
 
 
 class Recommender(nn.Module):
@@ -106,15 +154,18 @@ class Recommender(nn.Module):
         model: Backbone | TwoTower,
         config: EmbeddingsConfig,
         objective: Retrieval | Contrastive | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         """`schema` must be the one that `config` was applied to. Tables take no memory before they are sharded.
 
-        Two towers train on `objective`, a backbone on its own; without one, towers make vectors alone.
+        Two towers train on `objective`, a backbone on its own; without one, towers make vectors alone. A backbone's
+        products are made in `precision`.
         """
         super().__init__()
         listed = {feature.table for feature in schema.features if feature.pooling == "attention"}
         used = [table for table in schema.tables if _features(table, schema)]
-        bags = [_bag(table, schema, config.init_scale) for table in used if table.name not in listed]
+        closed = [table for table in used if not table.is_open]
+        bags = [_bag(table, schema, config.init_scale) for table in closed if table.name not in listed]
         lists = [_list(table, schema, config.init_scale) for table in used if table.name in listed]
         # Where they are trained, they start at the scale of what they stand for: variance 1.
         known = [_bag(table, schema, math.sqrt(3 * table.width)) for table in _knowledge(schema)]
@@ -123,10 +174,14 @@ class Recommender(nn.Module):
         self.sequences = EmbeddingCollection(tables=lists, device=meta) if lists else None
         # Apart: a feature that one collection looks up in two tables has two names in its result.
         self.knowledge = EmbeddingBagCollection(tables=known, device=meta) if known else None
+        opened = [table for table in used if table.is_open]
+        sharing = {module_name(table.name): config.vocabulary(table) for table in opened}
+        hashed = [_bag(table, schema, config.init_scale) for table in opened]
+        self.hashed = managed_bags(hashed, sharing, OPEN_IDS) if hashed else None
         self.head = (
             TowersHead(schema, model, objective)
             if isinstance(model, TwoTower)
-            else Head(schema, model, config.attention_widths)
+            else Head(schema, model, config.attention_widths, precision)
         )
 
     def forward(self, batch: ScenarioBatch, side: Side | None = None) -> tuple[Tensor, Predictions] | Tensor:
@@ -134,8 +189,9 @@ class Recommender(nn.Module):
         pooled = None if self.embeddings is None else self.embeddings(batch.ids)
         lists = None if self.sequences is None else self.sequences(batch.ids)
         known = None if self.knowledge is None else self.knowledge(batch.ids)
+        hashed = None if self.hashed is None else self.hashed(batch.ids)[0]
         # Which it is, the head decides: TorchRec's tracer runs through here once, for all batches to come.
-        result: tuple[Tensor, Predictions] | Tensor = self.head(pooled, lists, batch, known, side)
+        result: tuple[Tensor, Predictions] | Tensor = self.head(pooled, lists, batch, known, side, hashed)
         return result
 
     def reserved_rows(self, schema: FeatureSchema) -> dict[str, int]:
@@ -149,6 +205,7 @@ class Recommender(nn.Module):
         return {
             module_name(table.name): schema.copies(table) * (1 if apart or not table.per_scenario else table.rows)
             for table in (*schema.tables, *_knowledge(schema))
+            if not table.is_open
         }
 
 
@@ -177,16 +234,17 @@ class _Lookups(nn.Module):
         lists: dict[str, JaggedTensor] | None,
         batch: ScenarioBatch,
         known: KeyedTensor | None,
+        hashed: KeyedTensor | None,
     ) -> Inputs:
-        inputs = self._featured(pooled, lists or {}, batch)
+        inputs = self._featured([each for each in (pooled, hashed) if each is not None], lists or {}, batch)
         if known is None:
             return inputs
         user = batch.ids[self._user].values() // self._copies
         return replace(inputs, user=user, knowledge=self._known(known, user))
 
-    def _featured(self, pooled: KeyedTensor | None, lists: dict[str, JaggedTensor], batch: ScenarioBatch) -> Inputs:
+    def _featured(self, pooled: list[KeyedTensor], lists: dict[str, JaggedTensor], batch: ScenarioBatch) -> Inputs:
         # By name: the order of KeyedTensor.values() changes with the sharding plan.
-        columns: dict[str, Tensor] = {} if pooled is None else pooled.to_dict()
+        columns: dict[str, Tensor] = {name: x for each in pooled for name, x in each.to_dict().items()}
         columns |= {
             name: _padded(x, self._pooling[name]).sum(dim=1) for name, x in lists.items() if name not in self._targets
         }
@@ -226,9 +284,16 @@ class Head(_Lookups):
 
     untaught: Tensor
 
-    def __init__(self, schema: FeatureSchema, backbone: Backbone, attention_widths: Widths = (32,)) -> None:
+    def __init__(
+        self,
+        schema: FeatureSchema,
+        backbone: Backbone,
+        attention_widths: Widths = (32,),
+        precision: Precision = "fp32",
+    ) -> None:
         super().__init__(schema, attention_widths)
         self.backbone = backbone
+        self._bf16 = precision == "bf16"
         self._stand_ins = _stand_ins(schema)
         self._has_untaught = bool(self._stand_ins) and not all(scenario.taught for scenario in schema.scenarios)
         untaught = torch.tensor([not scenario.taught for scenario in schema.scenarios])
@@ -241,16 +306,22 @@ class Head(_Lookups):
         batch: ScenarioBatch,
         known: KeyedTensor | None = None,
         side: Side | None = None,
+        hashed: KeyedTensor | None = None,
     ) -> tuple[Tensor, Predictions]:
         """The backbone's loss, averaged over the rows of all ranks."""
         assert side is None, "a backbone has no sides"
-        inputs = self._inputs(pooled, lists, batch, known)
-        objective = self.backbone.objective(inputs)
+        inputs = self._inputs(pooled, lists, batch, known, hashed)
+        with self._precision(inputs):
+            objective = self.backbone.objective(inputs).float()
         loss = objective.loss(batch.labels, batch.weights) / batch.rows_per_rank
         logits = objective.logits.detach()
         if self._has_untaught and not self.training:
             logits = self._stand_in(inputs, logits)
         return loss, Predictions(logits, loss.detach())
+
+    def _precision(self, inputs: Inputs) -> torch.autocast:
+        """Products in bf16 where the run wants it; weights, their optimizer, sums over rows and the loss stay fp32."""
+        return torch.autocast(inputs.scenario.device.type, torch.bfloat16, enabled=self._bf16)
 
     def _stand_in(self, inputs: Inputs, logits: Tensor) -> Tensor:
         rows = self.untaught[inputs.scenario].nonzero().squeeze(1)
@@ -258,7 +329,9 @@ class Head(_Lookups):
             return logits
         some = inputs.take(rows)
         scenarios, shares = zip(*self._stand_ins, strict=True)
-        elsewhere = torch.stack([self.backbone(replace(some, scenario=torch.full_like(rows, s))) for s in scenarios])
+        with self._precision(inputs):
+            each = [self.backbone(replace(some, scenario=torch.full_like(rows, s))).float() for s in scenarios]
+        elsewhere = torch.stack(each)
         share = logits.new_tensor(shares).log()[:, None, None]
         # In logarithms, where a probability next to 0 or 1 is still a number.
         yes, no = (torch.logsumexp(share + logsigmoid(side), dim=0) for side in (elsewhere, -elsewhere))
@@ -291,9 +364,10 @@ class TowersHead(_Lookups):
         batch: ScenarioBatch,
         known: KeyedTensor | None = None,
         side: Side | None = None,
+        hashed: KeyedTensor | None = None,
     ) -> tuple[Tensor, Predictions] | Tensor:
         """The objective's loss; or the vectors of `side`, `[B, d]`, where one is asked for."""
-        inputs = self._inputs(pooled, lists, batch, known)
+        inputs = self._inputs(pooled, lists, batch, known, hashed)
         inputs = replace(inputs, scenario=self.owners[inputs.scenario])
         if side is not None:
             return self.towers.user(inputs) if side == "user" else self.towers.item(inputs)

@@ -6,11 +6,12 @@ RUNS/NAME/
   metrics.jsonl        every value that was tracked, one line per step
   metrics.json         per-scenario metrics of the test split (metrics-valid.json: of the valid split)
   checkpoints/         stage-S-step-N
+  heartbeats/ stacks/  how far each rank is, and where it was when the run was found to hang
 """
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -23,15 +24,26 @@ from msr_dist.config import Config, component, dump, load
 from msr_dist.data.loader import LoaderConfig
 from msr_dist.distributed import World
 from msr_dist.files import held, write_whole
+from msr_dist.guard import GuardConfig
 from msr_dist.knowledge import KnowledgeConfig, UserVectors
+from msr_dist.layout import (
+    Capacity,
+    Estimate,
+    ParallelConfig,
+    estimate,
+    make_plan,
+    module_tables,
+    read_plan,
+)
 from msr_dist.models.base import BackboneConfig, ModelConfig
 from msr_dist.models.objectives import Contrastive, Labels, Retrieval
 from msr_dist.models.towers import TowersConfig
 from msr_dist.optim import DenseOptimizer, Schedule, SparseOptimizer
-from msr_dist.parallel import ParallelConfig, Sharded, make_plan, shard
-from msr_dist.recommender import EmbeddingsConfig, Recommender, module_name
+from msr_dist.parallel import Sharded, shard
+from msr_dist.recommender import EmbeddingsConfig, Precision, Recommender, module_name
 from msr_dist.schema import KNOWLEDGE_TABLE, FeatureSchema
 from msr_dist.tracking import TrackingConfig
+from msr_dist.watch import WatchConfig
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +94,7 @@ class EvaluationConfig(Config):
 class RunConfig(Config):
     """Everything about a run.
 
-    `seed`, `data`, `loader`, `embeddings`, `knowledge`, `model` and `stages` decide its losses.
+    `seed`, `data`, `loader`, `embeddings`, `knowledge`, `model`, `precision` and `stages` decide its losses.
     """
 
     name: str = Field(min_length=1, pattern=r"^\w[\w.-]*$")
@@ -98,11 +110,16 @@ class RunConfig(Config):
     """What a language model says of users and scenarios, for models that read it."""
     model: component("msr_dist.models")  # type: ignore[valid-type]
     """`kind` names a file in msr_dist/models, or a module of your own; the other keys are that model's."""
+    precision: Precision = "fp32"
+    """Of the model's products: bf16 takes a fraction of the time where processors multiply it (AVX512-BF16, AMX, GPUs),
+    and longer than fp32 where they do not. Weights, optimizers, tables and losses have precisions of their own."""
     parallel: ParallelConfig = ParallelConfig()
     stages: tuple[StageConfig, ...] = Field(default=(StageConfig(),), min_length=1)
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+    guard: GuardConfig = GuardConfig()
+    watch: WatchConfig = WatchConfig()
     log_every: int = Field(default=20, ge=1)
     """Steps between two tracked values of the training loss."""
 
@@ -128,6 +145,8 @@ class RunConfig(Config):
                 f"stages.{wrong[0]}.objective: 'labels' is for models that predict labels, and model.kind {kind!r} "
                 "retrieves; choose 'retrieval' or 'contrastive'"
             )
+        if self.precision != "fp32":
+            raise ValueError(f"precision: model.kind {kind!r} retrieves, which is done in fp32 alone; leave it out")
         if not isinstance(objectives[-1], Retrieval):
             raise ValueError("stages: the last objective has to be 'retrieval', on which the run is judged")
         return self
@@ -151,10 +170,15 @@ class RunConfig(Config):
         changed: dict[str, Any] = {"runs": self.runs.absolute(), "data": self.data.absolute()}
         if self.knowledge is not None:
             changed["knowledge"] = self.knowledge.model_copy(update={"store": self.knowledge.store.absolute()})
+        if self.parallel.plan is not None:
+            changed["parallel"] = self.parallel.model_copy(update={"plan": self.parallel.plan.absolute()})
         return self.model_copy(update=changed)
 
-    def read_schema(self) -> FeatureSchema:
-        """The schema of the data with this run's tables; ValueError where the data, or what is known, do not fit."""
+    def read_schema(self, data: FeatureSchema | None = None) -> FeatureSchema:
+        """The schema of the data with this run's tables; ValueError where the data, or what is known, do not fit.
+
+        `data` is the schema of data that are not there.
+        """
         assert isinstance(self.model, ModelConfig)
         if self.knowledge is None and self.model.reads_knowledge:
             raise ValueError(
@@ -167,7 +191,7 @@ class RunConfig(Config):
             raise ValueError(
                 f"knowledge: kind {self.model.kind!r} does not read it: leave that section out, or {other}"
             )
-        schema = self.embeddings.apply(FeatureSchema.read(self.data))
+        schema = self.embeddings.apply(data or FeatureSchema.read(self.data))
         for index in range(len(self.stages)):
             objective, known = self.objective(index), [label.name for label in schema.labels]
             if isinstance(objective, Retrieval) and objective.label not in (None, *known):
@@ -175,7 +199,10 @@ class RunConfig(Config):
                     f"stages.{index}.objective.label: there is no label {objective.label!r}; {self.data} has "
                     f"{', '.join(known)}"
                 )
+        if self.retrieves:
+            schema.expect_listed((schema.user_table, schema.item_table), f"model.kind {self.model.kind!r}")
         if self.knowledge is not None:
+            schema.expect_listed([schema.user_table], "knowledge")
             schema = self.knowledge.apply(schema, self.data)
         return self.model.adapt(schema)
 
@@ -227,31 +254,49 @@ class RunConfig(Config):
     def build(self, schema: FeatureSchema, index: int, world: World) -> Sharded:
         """The model of this run with objective and optimizers of a stage, its weights drawn from the seed."""
         stage = self.stages[index]
-        recommender = self._recommender(schema, index)
+        recommender = self.recommender(schema, index)
         recommender.head.to(world.device)
         rows = -(-self.loader.batch_size // world.world_size)
         reserved = recommender.reserved_rows(schema)
         fixed = {table: UserVectors(schema, self.seed) for table in _fixed(schema)}
-        return shard(recommender, self._layouts(), stage.sparse, stage.dense, world, rows, self.seed, reserved, fixed)
+        layouts = self._layouts(recommender, world)
+        return shard(recommender, layouts, stage.sparse, stage.dense, world, rows, self.seed, reserved, fixed)
 
     def dry_plan(self, world_size: int) -> str:
         """The sharding plan for `world_size` ranks on machines like this one, without any data or process group."""
         world = World.imagined(world_size)
         rows = -(-self.loader.batch_size // world_size)
         schema = self.read_schema()
-        recommender = self._recommender(schema, 0)
-        return str(make_plan(recommender, self._layouts(), self.stages[0].sparse, world, rows, _fixed(schema)))
+        recommender = self.recommender(schema, 0)
+        layouts = self._layouts(recommender, world)
+        return str(make_plan(recommender, layouts, self.stages[0].sparse, world, rows, _fixed(schema)))
 
-    def _recommender(self, schema: FeatureSchema, index: int) -> Recommender:
+    def estimate(
+        self, schema: FeatureSchema, index: int, world: World, capacity: Capacity, lengths: Mapping[str, float]
+    ) -> Estimate:
+        """Where the tables go in a stage, on machines that need not be there; see `layout.estimate`."""
+        recommender = self.recommender(schema, index)
+        rows = -(-self.loader.batch_size // world.world_size)
+        layouts, sparse = self._layouts(recommender, world), self.stages[index].sparse
+        return estimate(recommender, layouts, sparse, world, rows, _fixed(schema), capacity, lengths)
+
+    def recommender(self, schema: FeatureSchema, index: int) -> Recommender:
+        """The model of a stage, its dense part drawn from the seed, its tables without memory."""
         torch.manual_seed(self.seed)
         assert isinstance(self.model, BackboneConfig | TowersConfig)
         objective = self.objective(index)
         given = None if isinstance(objective, Labels) else objective
-        return Recommender(schema, self.model.build(schema), self.embeddings, given)
+        return Recommender(schema, self.model.build(schema), self.embeddings, given, self.precision)
 
-    def _layouts(self) -> ParallelConfig:
-        tables = {module_name(table): layout for table, layout in self.parallel.tables.items()}
-        return self.parallel.model_copy(update={"tables": tables})
+    def _layouts(self, recommender: Recommender, world: World) -> ParallelConfig:
+        """What tables may be like, by the names of their submodules."""
+        file = self.parallel.plan
+        parallel = self.parallel if file is None else read_plan(file, world.world_size)
+        tables = {module_name(table): layout for table, layout in parallel.tables.items()}
+        missing = sorted(set(module_tables(recommender)) - set(tables))
+        if file is not None and missing:
+            raise ValueError(f"{file}: says nothing of table {missing[0]!r}, which the model has")
+        return parallel.model_copy(update={"tables": tables})
 
 
 def say_untaught(schema: FeatureSchema, world: World) -> None:
@@ -288,7 +333,7 @@ def _losses(run: RunConfig) -> dict[str, Any]:
             flat[prefix] = value
 
     whole = run.absolute().model_dump(mode="json")
-    for key in ("seed", "data", "loader", "embeddings", "knowledge", "model"):
+    for key in ("seed", "data", "loader", "embeddings", "knowledge", "model", "precision"):
         walk(key, whole[key])
     for index, stage in enumerate(whole["stages"]):
         walk(f"stages.{index}", stage)

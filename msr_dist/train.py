@@ -1,34 +1,39 @@
 """The whole training run, top to bottom, the same under every launcher."""
 
 import logging
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from msr_dist import stopping
+from msr_dist.batch import ScenarioBatch
 from msr_dist.checkpoint import Checkpoint, Checkpoints, TrainState
 from msr_dist.config import dump
 from msr_dist.data.derived import ROWS, read_summary
 from msr_dist.data.loader import Loader
 from msr_dist.data.order import Order
 from msr_dist.data.parquet import ParquetSource
-from msr_dist.distributed import World, open_world
+from msr_dist.distributed import Vote, World, open_world
 from msr_dist.evaluate import evaluation_loader, judge, metrics_file, write_report
 from msr_dist.files import write_whole
+from msr_dist.guard import Guard
 from msr_dist.metrics import Report
 from msr_dist.models.objectives import Contrastive, Labels
 from msr_dist.parallel import Sharded
 from msr_dist.progress import Progress
 from msr_dist.recall import RetrievalReport
+from msr_dist.recommender import module_name
 from msr_dist.retrieval import coverage, stage_rows, views_apart
 from msr_dist.run import CHECKPOINTS, CONFIG_FILE, PLAN_FILE, RunConfig, say_untaught
 from msr_dist.schema import FeatureSchema
 from msr_dist.tracking import Tracker, open_tracker
+from msr_dist.vocabulary import usage
+from msr_dist.watch import watching
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +50,7 @@ class Session:
     checkpoints: Checkpoints
     tracker: Tracker
     validated: Callable[[int, Report | RetrievalReport], None] | None
+    show: Callable[[str, int, Mapping[str, float]], None] | None
 
     def steps_before(self, stage: int) -> int:
         """Steps of all stages before the one of that index."""
@@ -56,18 +62,25 @@ class Feed:
     """The rows of a stage."""
 
     loader: Loader
+    source: ParquetSource
     folder: Path
     """Where they are, and what is known of them."""
 
 
-def train(run: RunConfig, validated: Callable[[int, Report | RetrievalReport], None] | None = None) -> None:
+def train(
+    run: RunConfig,
+    validated: Callable[[int, Report | RetrievalReport], None] | None = None,
+    show: Callable[[str, int, Mapping[str, float]], None] | None = None,
+) -> None:
     """Train `run` from its newest checkpoint, or from the start, to its end, and evaluate it on the split `final`.
 
     Every process calls this with the same `run`, whose folder exists. `validated` is called on rank 0 after each
-    evaluation of the valid split, with the epochs done in all stages; what it raises ends the run.
+    evaluation of the valid split, with the epochs done in all stages; what it raises ends the run. `show` is called on
+    every rank with the stage, the rank and its values whenever some are tracked.
 
     Raises:
         ValueError: the data, the configuration or a checkpoint do not fit together; the message says where.
+        Stopped: it was asked to stop, by a signal or its launcher; all that was done is saved.
     """
     with open_world() as world, run.locked(world):
         schema = run.read_schema()
@@ -75,13 +88,18 @@ def train(run: RunConfig, validated: Callable[[int, Report | RetrievalReport], N
         feeds = tuple(_feed(run, schema, index, world) for index in range(len(run.stages)))
         checkpoints = Checkpoints(run.folder / CHECKPOINTS, run.checkpoint, world)
         found = checkpoints.newest()
-        with open_tracker(run.tracking, world.rank, run.folder, dump(run)) as tracker:
-            session = Session(run, world, schema, feeds, checkpoints, tracker, validated)
-            for index in range(found.state.stage if found else 0, len(run.stages)):
-                sharded = run.build(schema, index, world)
-                _keep_plan(session, sharded)
-                state = _restore(session, sharded, found, index)
-                found = _train_stage(session, sharded, state) or found
+        with (
+            open_tracker(run.tracking, world.rank, run.folder, dump(run)) as tracker,
+            watching(run.watch, run.folder, world),
+        ):
+            session = Session(run, world, schema, feeds, checkpoints, tracker, validated, show)
+            # What follows the stages needs no saving: it may be ended at any time, and starts anew.
+            with stopping.on_signals(alone=world.world_size == 1):
+                for index in range(found.state.stage if found else 0, len(run.stages)):
+                    sharded = run.build(schema, index, world)
+                    _keep_plan(session, sharded)
+                    state = _restore(session, sharded, found, index)
+                    found = _train_stage(session, sharded, state) or found
             split = run.evaluation.final
             report = judge(run, schema, sharded.model, split, world)
             if report is not None:
@@ -100,6 +118,21 @@ def check(run: RunConfig, world_size: int) -> None:
         evaluation_loader(run, schema, split, 0, world_size)
 
 
+def fewer_workers(run: RunConfig, least: int | None, workers: int) -> tuple[int, ...]:
+    """Numbers of workers below `workers`, from `least` on, that the run can go on with while a cluster is short.
+
+    Raises:
+        ValueError: `least` is more than `workers`, or the run is bound to one number.
+    """
+    if least is None:
+        return ()
+    if least > workers:
+        raise ValueError(f"--min-workers {least} is more than --workers {workers}: give at most as many")
+    if run.parallel.plan is not None:
+        raise ValueError("parallel.plan is for one number of workers: leave it out, or --min-workers")
+    return tuple(size for size in range(least, workers) if run.loader.partitions % size == 0)
+
+
 def _feed(run: RunConfig, schema: FeatureSchema, index: int, world: World) -> Feed:
     """What the stage of that index trains on."""
     objective = run.objective(index)
@@ -110,7 +143,7 @@ def _feed(run: RunConfig, schema: FeatureSchema, index: int, world: World) -> Fe
     together = 2 if isinstance(objective, Contrastive) else 1
     source = ParquetSource(rows, schema)
     order = _order(run, source, rows, together)
-    return Feed(Loader(source, schema, order, world.rank, world.world_size, run.loader, together), folder)
+    return Feed(Loader(source, schema, order, world.rank, world.world_size, run.loader, together), source, folder)
 
 
 def _order(run: RunConfig, source: ParquetSource, folder: Path, together: int = 1) -> Order:
@@ -120,7 +153,7 @@ def _order(run: RunConfig, source: ParquetSource, folder: Path, together: int = 
             num_partitions=run.loader.partitions,
             batch_size=run.loader.batch_size,
             seed=run.seed,
-            window_rows=run.loader.window_rows,
+            window_rows=run.loader.window_rows if run.loader.shuffle else None,
         )
     except ValueError as error:
         raise ValueError(f"{folder}: {error} (loader.partitions, loader.batch_size)") from None
@@ -155,10 +188,11 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
     # Epochs, hence orders, are counted through all stages, and so are the steps of tracked values.
     first, steps = run.epochs_before(state.stage) * order.steps, stage.epochs * order.steps
     tracked = session.steps_before(state.stage)
-    batches = feed.loader.batches(first + state.step, first + steps)
-    pipeline = TrainPipelineSparseDist(sharded.model, sharded.optimizer, world.device, execute_all_batches=True)
+    batches = _Timed(feed.loader.batches(first + state.step, first + steps))
+    pipeline = sharded.pipeline(world.device)
     progress = Progress(stage.name, steps, done=state.step, shown=world.rank == 0)
-    meter = _Meter(state)
+    meter, vote = _Meter(state, batches), Vote()
+    guard = Guard(run.guard, stage.name, feed.loader, feed.source, first, world)
     end: Checkpoint | None = None
     shown: dict[str, str] = {}
     if isinstance(run.objective(state.stage), Contrastive) and state.step == 0:
@@ -168,18 +202,31 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
         sharded.scale_learning_rates(stage.schedule.factor(step, steps), tables=float(step >= stage.frozen_tables))
         # Our models do not draw from this generator; a model from outside that does, resumes with the same numbers.
         torch.manual_seed(hash((run.seed, state.stage, step, world.rank)))
-        meter.add(pipeline.progress(batches).loss)
+        predictions = pipeline.progress(batches)
+        meter.add(predictions.loss)
         state = TrainState(stage=state.stage, step=step + 1, samples=order.samples(first + step + 1))
         epoch_ends = state.step % order.steps == 0
-        saves = epoch_ends or run.checkpoint.due(state.step)
-        # A loss that is no number must not be saved over one that is.
+        stops = vote.passed(stopping.asked(), now=state.step == steps)
+        saves = epoch_ends or stops or run.checkpoint.due(state.step)
+        guard.add(state.step, predictions, look=saves)
+        # A few strange rows may pass, but nothing is saved while they do.
+        saves = saves and not (guard.doubts and not epoch_ends and not stops)
+        if saves:
+            guard.require_sound(state.step, sharded.tensors())
         if saves or state.step % run.log_every == 0:
-            loss, speed = meter.read(state, world)
-            _require_finite(loss, stage.name, state)
-            factor = stage.schedule.factor(step, steps)
-            values = {"loss": loss, "samples_per_second": speed, "lr_factor": factor}
+            overall, ranks = meter.read(state, world)
+            values = overall | {"lr_factor": stage.schedule.factor(step, steps)}
+            values |= {name: max(taken[name] for taken in ranks) for name in ranks[0]}
+            if run.tracking.each_rank:
+                values |= {
+                    f"rank-{rank}/{name}": used for rank, taken in enumerate(ranks) for name, used in taken.items()
+                }
+            for table, used in usage(sharded.model, world).items():
+                values |= {f"tables/{_raw_name(session.schema, table)}/{name}": value for name, value in used.items()}
             session.tracker.log({f"{stage.name}/{name}": value for name, value in values.items()}, tracked + state.step)
-            shown = {"loss": f"{loss:.4f}", "samples/s": f"{speed:,.0f}"}
+            if session.show is not None:
+                session.show(stage.name, world.rank, (values if world.rank == 0 else {}) | ranks[world.rank])
+            shown = {"loss": f"{overall['loss']:.4f}", "samples/s": f"{overall['samples_per_second']:,.0f}"}
         progress.advance(values=shown)
         if epoch_ends and run.evaluation.validates_after(state.step // order.steps):
             pipeline.detach()
@@ -192,14 +239,28 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
                 report = judge(run, session.schema, sharded.model, "valid", world)
                 if report is not None:
                     session.tracker.log(report.flat("valid"), tracked + state.step)
+                    if session.show is not None:
+                        session.show(stage.name, world.rank, report.flat("valid"))
                     if session.validated is not None:
                         session.validated(run.epochs_before(state.stage) + state.step // order.steps, report)
         if saves:
             end = Checkpoint(session.checkpoints.save(sharded.tensors(), state), state)
+            meter.restart()
+        if stops:
+            progress.close()
+            raise stopping.Stopped(
+                f"stopped after step {state.step} of {steps} of stage {stage.name}, which is saved: "
+                "the same command goes on from there"
+            )
     progress.close()
     # The pipeline has replaced the lookup's forward by one that waits for batches of the pipeline's own.
     pipeline.detach()
     return end
+
+
+def _raw_name(schema: FeatureSchema, module: str) -> str:
+    """The table whose submodule is called `module`."""
+    return next(table.name for table in schema.tables if module_name(table.name) == module)
 
 
 def _keep_plan(session: Session, sharded: Sharded) -> None:
@@ -211,30 +272,59 @@ def _keep_plan(session: Session, sharded: Sharded) -> None:
             session.tracker.artifact(file)
 
 
-def _require_finite(loss: float, stage: str, state: TrainState) -> None:
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"stage {stage}: the loss is {loss} at step {state.step}: start a run of another name with lower learning "
-            "rates (stages.N.sparse.lr, stages.N.dense.lr); the checkpoints before this step are kept"
-        )
+class _Timed:
+    """Batches, and how long they were waited for."""
+
+    def __init__(self, batches: Iterator[ScenarioBatch]) -> None:
+        self._batches = batches
+        self.waited = 0.0
+
+    def __iter__(self) -> Iterator[ScenarioBatch]:
+        return self
+
+    def __next__(self) -> ScenarioBatch:
+        begun = time.monotonic()
+        try:
+            return next(self._batches)
+        finally:
+            self.waited += time.monotonic() - begun
 
 
 class _Meter:
-    """Mean loss and rows per second since it was last read."""
+    """Mean loss, rows per second, and what a step takes of each rank, since it was last read."""
 
-    def __init__(self, state: TrainState) -> None:
+    def __init__(self, state: TrainState, batches: _Timed) -> None:
         self._losses: list[Tensor] = []
-        self._samples, self._read = state.samples, time.monotonic()
+        self._samples, self._batches, self._process = state.samples, batches, psutil.Process()
+        self.restart()
+
+    def restart(self) -> None:
+        """What has passed since it was read is no part of a step."""
+        self._begun, self._waited = time.monotonic(), self._batches.waited
 
     def add(self, loss: Tensor) -> None:
         self._losses.append(loss)
 
-    def read(self, state: TrainState, world: World) -> tuple[float, float]:
-        """The loss averaged over steps and all ranks, all ranks together; and rows of all ranks per second."""
+    def read(self, state: TrainState, world: World) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """What all ranks do together, and what each of them takes; all ranks together.
+
+        The loss is averaged over steps and ranks.
+        """
         # In double: the mean of a few steps shall not depend on how many ranks shared them.
-        total = world.sum(torch.stack(self._losses).double().sum().cpu())
-        loss = total.item() / world.world_size / len(self._losses)
-        now = time.monotonic()
-        speed = (state.samples - self._samples) / (now - self._read)
-        self._losses, self._samples, self._read = [], state.samples, now
-        return loss, speed
+        total = torch.stack(self._losses).double().sum().item()
+        steps, seconds = len(self._losses), time.monotonic() - self._begun
+        own = {
+            "step_seconds": seconds / steps,
+            "loader_wait_seconds": (self._batches.waited - self._waited) / steps,
+            "memory_bytes": float(self._process.memory_info().rss),
+        }
+        if world.device.type == "cuda":
+            own["gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated())
+        gathered = world.gather(torch.tensor([[total, *own.values()]], dtype=torch.float64))
+        overall = {
+            "loss": gathered[:, 0].sum().item() / world.world_size / steps,
+            "samples_per_second": (state.samples - self._samples) / seconds,
+        }
+        self._losses, self._samples = [], state.samples
+        self.restart()
+        return overall, [dict(zip(own, values, strict=True)) for values in gathered[:, 1:].tolist()]

@@ -2,8 +2,11 @@
 
 import json
 import os
+import random
 import signal
+import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,17 @@ from msr_dist.data.loader import Loader, LoaderConfig
 from msr_dist.data.order import Order
 from msr_dist.data.parquet import ParquetSource
 from msr_dist.distributed import World, open_world
+from msr_dist.layout import ParallelConfig, TableSharding
 from msr_dist.models.base import BackboneConfig
 from msr_dist.models.mmoe import Config as Mmoe
 from msr_dist.optim import DenseOptimizer, Schedule, SparseOptimizer
-from msr_dist.parallel import ParallelConfig, TableSharding, shard
+from msr_dist.parallel import shard
+from msr_dist.ray_metrics import show
 from msr_dist.recommender import EmbeddingsConfig, FeatureOverride, Recommender
+from msr_dist.run import RunConfig
 from msr_dist.schema import Knowledge
+from msr_dist.stopping import Stopped
+from msr_dist.train import train
 from others.knowing import Config as Knowing
 
 
@@ -252,3 +260,57 @@ def _look_up(job: Lookups, run: Lookup, world: World) -> dict[str, Any]:
     ]
     tensors = sorted(name for name in sharded.tensors() if "knowledge.embedding_bags" in name)
     return {"losses": losses, "asked": asked, "kept": all(kept), "tensors": tensors}
+
+
+@dataclass(frozen=True)
+class Stops:
+    """A run that is stopped `times` times, and gone on with, as `train_with_stops` does it."""
+
+    run: RunConfig
+    times: int
+
+
+def train_with_stops(job: Stops) -> None:
+    """Each time one rank gets a SIGTERM within the next 15 steps; rank 0 leaves what was said of it in stops.json."""
+    draw, rank = random.Random(5), int(os.environ["RANK"])
+    stops: list[str] = []
+    for _ in range(job.times):
+        steps, chosen = draw.randint(1, 15), draw.randrange(2)
+        if rank == chosen:
+            threading.Thread(
+                target=_terminate_after, args=(job.run.folder / "metrics.jsonl", steps), daemon=True
+            ).start()
+        try:
+            train(job.run)
+        except Stopped as stopped:
+            stops.append(str(stopped))
+    if rank == 0:
+        (job.run.folder / "stops.json").write_text(json.dumps(stops))
+    train(job.run)
+
+
+def _terminate_after(values: Path, steps: int) -> None:
+    """A SIGTERM to this process when so many more lines stand in `values`."""
+
+    def lines() -> int:
+        return len(values.read_bytes().splitlines()) if values.exists() else 0
+
+    wanted = lines() + steps
+    while lines() < wanted:
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def hold(folder: Path, epochs: int, _report: object) -> None:
+    """For `train`'s `validated`: wait, after some epochs, until a file says that it shall go on."""
+    (folder / f"reached-{epochs}").write_text("")
+    while epochs in (4, 8) and not (folder / f"release-{epochs}").exists():
+        time.sleep(0.05)
+
+
+def show_and_hold(folder: Path, run: str, stage: str, rank: int, values: Mapping[str, float]) -> None:
+    """For `train`'s `show`: set the gauges, and once there are all kinds of them, wait until a file says that they were
+    seen."""
+    show(run, stage, rank, values)
+    while "valid/overall/auc" in values and not (folder / "seen").exists():
+        time.sleep(0.1)

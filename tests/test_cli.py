@@ -23,7 +23,9 @@ def test_help_teaches_and_loads_nothing_heavy():
     assert "--dry-run" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["prepare", "extract", "compress", "prompts", "train", "evaluate", "report"])
+@pytest.mark.parametrize(
+    "command", ["prepare", "extract", "compress", "prompts", "train", "evaluate", "report", "submit"]
+)
 def test_every_command_shows_an_example(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
+from torchrec.distributed.types import CacheParams, ParameterSharding, ShardingPlan
 
 import canonical
 import launched
 from msr_dist.distributed import World
 from msr_dist.launch import launch
+from msr_dist.layout import Capacity, ParallelConfig, TableSharding, is_cached, make_plan
 from msr_dist.models.mlp import Config as Mlp
 from msr_dist.optim import SparseOptimizer
-from msr_dist.parallel import ParallelConfig, TableSharding, make_plan
 from msr_dist.recommender import EmbeddingsConfig, FeatureOverride, Recommender
 
 CPU = torch.device("cpu")
@@ -198,6 +199,39 @@ def test_layouts_that_lists_of_attention_cannot_have(layout):
     layouts = ParallelConfig(tables={"items_": TableSharding(sharding=(layout,))})
     with pytest.raises(ValueError, match=f"table 'items_' has a list that attention reads: .*{layout}"):
         make_plan(model, layouts, SparseOptimizer(), World(0, 2, 0, 2, CPU), batch_size=64)
+
+
+def gpu_tables(config: ParallelConfig, gpu: int, precision: str = "fp32") -> dict[str, ParameterSharding]:
+    """The plan for one GPU with so much memory for tables; none is here, and tables are on the meta device."""
+    embeddings = EmbeddingsConfig(precision=precision)
+    schema = embeddings.apply(canonical.schema())
+    model = Recommender(schema, Mlp().build(schema), embeddings)
+    world = World(0, 1, 0, 1, torch.device("cuda"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Capacity, "here", lambda _world: Capacity(1 << 30, gpu))
+        plan = make_plan(model, config, SparseOptimizer(), world, batch_size=4)
+    return dict(plan.plan["embeddings"])
+
+
+def test_kernels_of_gpu_tables():
+    config = ParallelConfig(tables={"users": TableSharding(cache=0.25)})
+    found = gpu_tables(config, 1 << 30, "fp16")
+    assert found["users"].compute_kernel == "fused_uvm_caching"
+    assert found["users"].cache_params == CacheParams(load_factor=0.25, prefetch_pipeline=True)
+    assert found["tags"].compute_kernel == "fused"
+    assert found["tags"].cache_params is None
+    assert all(table.stochastic_rounding for table in found.values())
+    assert is_cached(ShardingPlan({"embeddings": found}))
+    found = gpu_tables(ParallelConfig(cache=0.25), 1 << 30)
+    assert {table.compute_kernel for table in found.values()} == {"fused"}
+    assert not any(table.stochastic_rounding for table in found.values())
+    assert not is_cached(ShardingPlan({"embeddings": found}))
+
+
+def test_a_replicated_table_has_no_cache():
+    config = ParallelConfig(tables={"users": TableSharding(sharding=("data_parallel",), cache=0.25)})
+    with pytest.raises(ValueError, match=r"tables.users: a data_parallel table stands in GPU memory"):
+        gpu_tables(config, 1 << 30)
 
 
 def test_tables_that_do_not_fit():
