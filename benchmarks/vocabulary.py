@@ -45,8 +45,8 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "amazon14": {"loader": {"batch_size": 8192}, "stages": [{"epochs": 2, "sparse": {"lr": 0.5}}]},
 }
-"""What runs of a data set have in common. Rates were tried by hand, with a row for every id; shared hashing would gain up to
-0.004 on `drifting` with a higher one."""
+"""What runs of a data set have in common. Rates were tried by hand, with a row for every id; shared hashing would
+gain up to 0.004 on `drifting` with a higher one."""
 HALF_LIVES = {"drifting": 50, "amazon14": 10_000}
 """Of counts, in steps: an id of `drifting` lives for about 120 of them."""
 

@@ -11,9 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import click
+
 from k8s_rendered import K8S, ROOT, Object, Pod, name, named, pods, ray_clusters, ray_pods
 from k8s_rules import ranks_of
-
 from msr_dist.config import load
 from msr_dist.extract import ExtractConfig
 from msr_dist.pipeline import PipelineConfig

@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 import yaml
+
 from k8s_rendered import ROOT, Object, Pod, name, named, pods, ray_clusters, ray_pods
 
 NAME_LENGTHS = {"RayCluster": 53, "RayJob": 47, "RayCronJob": 36}

@@ -12,6 +12,7 @@ import jsonschema
 import kubernetes_validate
 import yaml
 from cel_expr_python import cel
+
 from k8s_rendered import ROOT, Object, name
 
 KUBERNETES = "1.37"

@@ -9,10 +9,11 @@ from io import BytesIO
 import pytest
 from docker.utils.build import exclude_paths
 from dockerfile_parse import DockerfileParser
-from k8s_references import built_images
-from k8s_rendered import ROOT
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+
+from k8s_references import built_images
+from k8s_rendered import ROOT
 
 INSTRUCTIONS = DockerfileParser(fileobj=BytesIO((ROOT / "Dockerfile").read_bytes())).structure
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
 from k8s_references import entrypoint_faults, reference_faults
 from k8s_rendered import K8S, Object, named, objects, pods
 from k8s_rules import kuberay_faults, kueue_faults, our_faults, pod_faults

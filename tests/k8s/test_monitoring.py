@@ -11,8 +11,8 @@ import sys
 import time
 
 import pytest
-from k8s_rendered import named, objects
 
+from k8s_rendered import named, objects
 from msr_dist.ray_metrics import GAUGES
 
 
