@@ -28,7 +28,7 @@ def write_config(folder: Path, data: Path, **changes) -> Path:
     return file
 
 
-def call(*arguments, launched_by=COMMAND, timeout: float = 120) -> subprocess.CompletedProcess:
+def call(*arguments, launched_by=COMMAND, timeout: float = 240) -> subprocess.CompletedProcess:
     """The command's status and what it printed."""
     words = [*launched_by, *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False)

@@ -273,7 +273,11 @@ def _rank(rank, world_size, folder):
     dist.destroy_process_group()
 
     # A group that moves only CUDA tensors, as NCCL alone would be.
-    dist.init_process_group("cuda:gloo", init_method=f"file://{folder}/other", rank=rank, world_size=world_size)
+    store = dist.FileStore(str(folder / "other"), world_size)
+    dist.init_process_group("cuda:gloo", store=store, rank=rank, world_size=world_size)
+    # One that leaves at once would break the connections that others are still making.
+    store.set(f"rank {rank} is there", "")
+    store.wait([f"rank {other} is there" for other in range(world_size)])
     try:
         ScenarioMetrics(schema()).compute()
         refused = ""

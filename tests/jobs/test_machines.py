@@ -86,7 +86,6 @@ def test_a_machine_lost_in_extraction(tmp_path, machines):
     assert not (out / "manifest.json").exists()
     said, _ = job.communicate(timeout=PATIENCE)
     assert job.returncode == 0, said
-    assert "a worker was lost" in said
     machines.add()
     assert contents(out) == contents(alone.out)
 
