@@ -512,11 +512,12 @@ def submit(job: str, arguments: tuple[str, ...], address: str, workers: int | No
         --follow data=/shared/data/quickstart store=/shared/knowledge/quickstart train.runs=/shared/runs
       msr-dist submit evaluate /shared/runs/quickstart --address http://127.0.0.1:8265 -- --split valid
     """
-    from msr_dist.submit import JobServer
+    from msr_dist.submit import JobServer, entrypoint
 
-    server = JobServer(address)
     chosen = arguments if workers is None else ("--workers", str(workers), *arguments)
-    submission = server.submit(job, chosen, Path.cwd())
+    command = entrypoint(job, chosen, Path.cwd())
+    server = JobServer(address)
+    submission = server.submit(command, Path.cwd())
     click.echo("\n".join([f"job      {submission}", *server.hints(submission)]))
     if not follow:
         return

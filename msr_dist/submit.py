@@ -22,6 +22,19 @@ _PATIENCE = 60.0
 """Seconds that a cluster has to become able to run a job."""
 
 
+def entrypoint(job: str, arguments: Sequence[str], folder: Path) -> str:
+    """The command that runs `job` of `folder` with `arguments`; ValueError where it cannot run there."""
+    known = sorted(file.stem for file in (folder / JOBS).glob("*.py"))
+    if job not in known:
+        has = f"{JOBS}/ has {', '.join(known)}" if known else f"there is no {JOBS}/ here; go to the checkout"
+        raise ValueError(f"no job {job!r}: {has}")
+    for argument in arguments:
+        sent = argument.endswith(".toml") and "=" not in argument and not Path(argument).is_absolute()
+        if sent and not (folder / argument).is_file():
+            raise ValueError(f"{argument}: no such file; give the path of a TOML configuration")
+    return shlex.join(["python", f"{JOBS}/{job}.py", *arguments])
+
+
 class JobServer:
     """The job server of a Ray cluster. All methods raise ValueError, one line, where it cannot be spoken to."""
 
@@ -38,18 +51,8 @@ class JobServer:
 
             self._client = JobSubmissionClient(address)
 
-    def submit(self, job: str, arguments: Sequence[str], folder: Path) -> str:
-        """Send `folder`, have `job` run in it with `arguments`, and return the id of that submission."""
-        script = f"{JOBS}/{job}.py"
-        known = sorted(file.stem for file in (folder / JOBS).glob("*.py"))
-        if job not in known:
-            has = f"{JOBS}/ has {', '.join(known)}" if known else f"there is no {JOBS}/ here; go to the checkout"
-            raise ValueError(f"no job {job!r}: {has}")
-        for argument in arguments:
-            sent = argument.endswith(".toml") and "=" not in argument and not Path(argument).is_absolute()
-            if sent and not (folder / argument).is_file():
-                raise ValueError(f"{argument}: no such file; give the path of a TOML configuration")
-        entrypoint = shlex.join(["python", script, *arguments])
+    def submit(self, entrypoint: str, folder: Path) -> str:
+        """Send `folder`, have the command `entrypoint` run in it, and return the id of that submission."""
         environment = {"working_dir": str(folder), "excludes": list(LEFT_OUT)}
         begun = time.monotonic()
         with self._told():

@@ -147,7 +147,8 @@ def test_what_is_wrong_is_one_line(folder, address, tmp_path):
     assert not list(tmp_path.iterdir())
     wrong = AUTH | {"RAY_AUTH_TOKEN": "another"}
     assert "refuses the token: set RAY_AUTH_MODE=token" in refused(submit(folder, address, "hello", "x=1", **wrong))
-    assert "no job 'helo': jobs/ has hello" in refused(submit(folder, address, "helo", "x=1", **AUTH))
+    # Before anything is asked of a server.
+    assert "no job 'helo': jobs/ has hello" in refused(submit(folder, "http://127.0.0.1:1", "helo", "x=1", **AUTH))
     assert "no job '../jobs/hello'" in refused(submit(folder, address, "../jobs/hello", "x=1", **AUTH))
     assert "absent.toml: no such file" in refused(submit(folder, address, "hello", "absent.toml", **AUTH))
     assert "there is no jobs/ here; go to the checkout" in refused(submit(tmp_path, address, "hello", "x=1", **AUTH))
