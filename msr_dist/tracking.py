@@ -74,7 +74,7 @@ class TrackingConfig(Config):
     """Seconds between two samples of the machine's load; 0 takes none."""
     each_rank: bool = False
     """Keep what every rank takes (STAGE/rank-3/memory_bytes, step_seconds, loader_wait_seconds), not only the most of
-    any rank."""
+    any rank, and the load of every rank's machine (system/rank-3/cpu_percent, ...), not only of the first's."""
 
     @field_validator("uri")
     @classmethod
@@ -532,14 +532,14 @@ class _LiveTracker(_KeepingTracker):
                 self._stop.wait(pause)
 
     def _watch(self) -> None:
-        load = _Load()
+        load = Load()
         while not self._stop.wait(self._store.config.system_every):
             try:
                 values = load.read()
             except Exception as error:  # noqa: BLE001 - a counter that cannot be read is no reason to stop a thread
                 _log.debug("no sample of the machine's load: %s", error)
             else:
-                self._append(values, self._step)
+                self._append({f"system/{name}": value for name, value in values.items()}, self._step)
 
     def _deliver(self, last: bool) -> bool:
         """Whether everything that there is has been delivered."""
@@ -602,7 +602,7 @@ class _LiveTracker(_KeepingTracker):
                 state.save()
 
 
-class _Load:
+class Load:
     """The machine's load since it was last read.
 
     Not mlflow's SystemMetricsMonitor: that sends through the client's own blocking retries, gives up for good on the
@@ -614,10 +614,11 @@ class _Load:
         psutil.cpu_percent()
 
     def read(self) -> dict[str, float]:
+        """Value by name; a GPU's where this process has one."""
         values = {
-            "system/cpu_percent": psutil.cpu_percent(),
-            "system/memory_used_gib": psutil.virtual_memory().used / 2**30,
-            "system/process_memory_gib": self._process.memory_info().rss / 2**30,
+            "cpu_percent": psutil.cpu_percent(),
+            "memory_used_gib": psutil.virtual_memory().used / 2**30,
+            "process_memory_gib": self._process.memory_info().rss / 2**30,
         }
         # The configuration is read without torch; a process that trains has loaded it.
         import torch
@@ -625,9 +626,9 @@ class _Load:
         # Never the first to touch CUDA: that would open a context on a device that the run may not use.
         if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             free, total = torch.cuda.mem_get_info()
-            values["system/gpu_memory_used_gib"] = (total - free) / 2**30
+            values["gpu_memory_used_gib"] = (total - free) / 2**30
             with suppress(ImportError, RuntimeError):
-                values["system/gpu_percent"] = float(torch.cuda.utilization())
+                values["gpu_percent"] = float(torch.cuda.utilization())
         return values
 
 

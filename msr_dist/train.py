@@ -31,7 +31,7 @@ from msr_dist.recommender import module_name
 from msr_dist.retrieval import coverage, stage_rows, views_apart
 from msr_dist.run import CHECKPOINTS, CONFIG_FILE, PLAN_FILE, RunConfig, say_untaught
 from msr_dist.schema import FeatureSchema
-from msr_dist.tracking import Tracker, open_tracker
+from msr_dist.tracking import Load, Tracker, open_tracker
 from msr_dist.vocabulary import usage
 from msr_dist.watch import watching
 
@@ -221,6 +221,7 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
                 values |= {
                     f"rank-{rank}/{name}": used for rank, taken in enumerate(ranks) for name, used in taken.items()
                 }
+                session.tracker.log(meter.loads(world), tracked + state.step)
             for table, used in usage(sharded.model, world).items():
                 values |= {f"tables/{_raw_name(session.schema, table)}/{name}": value for name, value in used.items()}
             session.tracker.log({f"{stage.name}/{name}": value for name, value in values.items()}, tracked + state.step)
@@ -295,7 +296,8 @@ class _Meter:
 
     def __init__(self, state: TrainState, batches: _Timed) -> None:
         self._losses: list[Tensor] = []
-        self._samples, self._batches, self._process = state.samples, batches, psutil.Process()
+        self._samples, self._batches = state.samples, batches
+        self._process, self._load = psutil.Process(), Load()
         self.restart()
 
     def restart(self) -> None:
@@ -304,6 +306,16 @@ class _Meter:
 
     def add(self, loss: Tensor) -> None:
         self._losses.append(loss)
+
+    def loads(self, world: World) -> dict[str, float]:
+        """The load of each rank's machine since it was last asked for; all ranks together."""
+        own = self._load.read()
+        gathered = world.gather(torch.tensor([list(own.values())], dtype=torch.float64)).tolist()
+        return {
+            f"system/rank-{rank}/{name}": value
+            for rank, values in enumerate(gathered)
+            for name, value in zip(own, values, strict=True)
+        }
 
     def read(self, state: TrainState, world: World) -> tuple[dict[str, float], list[dict[str, float]]]:
         """What all ranks do together, and what each of them takes; all ranks together.

@@ -66,3 +66,5 @@ def test_prometheus_sees_what_each_rank_does(tmp_path):
     most = command.losses(run.folder, "train/memory_bytes")
     assert all(most[step] >= values[step] > 1e7 for step in values)
     assert all(wait >= 0 for wait in command.losses(run.folder, "train/loader_wait_seconds").values())
+    loads = [command.losses(run.folder, f"system/rank-{rank}/cpu_percent") for rank in range(2)]
+    assert all(list(load) == list(values) and all(0 <= value <= 100 for value in load.values()) for load in loads)
