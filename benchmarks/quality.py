@@ -23,6 +23,7 @@ os.environ |= THREADS
 
 from msr_dist.launch import log_to_stderr  # noqa: E402
 from msr_dist.progress import Progress  # noqa: E402
+from msr_dist.stopping import Stopped  # noqa: E402
 
 if TYPE_CHECKING:
     from quality_grid import Case, DataConfig, Grid, Outcome
@@ -229,7 +230,7 @@ def _executor(workers: int) -> Iterator[Any]:
         if workers:
             _start_ray(workers)
         yield on_ray if workers else here
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         click.echo("interrupted: what has finished stands; the same command goes on", err=True)
         sys.exit(130)
     finally:

@@ -11,6 +11,7 @@ import pytest
 
 import canonical
 import command
+import nodes
 
 DRIVER = """
 import sys
@@ -36,9 +37,10 @@ def cluster(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    yield made
-    made.shutdown()
+    with nodes.beside_own_ray():
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        yield made
+        made.shutdown()
 
 
 @pytest.mark.timeout(600)
@@ -51,7 +53,7 @@ def test_a_lost_node_is_done_without_and_its_successor_taken(tmp_path, cluster):
     config = command.write_config(tmp_path, data, **settings)
     folder = tmp_path / "runs/run"
 
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    lost, _ = (cluster.add_node(num_cpus=1) for _ in range(2))
     process = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(config)],
         env=os.environ | {"RAY_ADDRESS": cluster.address},
@@ -73,7 +75,7 @@ def test_a_lost_node_is_done_without_and_its_successor_taken(tmp_path, cluster):
         return any(words in line for line in told)
 
     wait_until((folder / "reached-4").exists)
-    cluster.remove_node(nodes[1], allow_graceful=False)
+    cluster.remove_node(lost, allow_graceful=False)
     (folder / "release-4").write_text("")
     wait_until((folder / "reached-8").exists)
     assert said("workers failed")

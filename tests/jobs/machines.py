@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
+from nodes import beside_own_ray
+
 PATIENCE = 600.0
 """Seconds that anything may take on a machine that does much besides."""
 REPOSITORY = Path(__file__).parents[2]
@@ -60,7 +62,11 @@ class Machines:
     @contextmanager
     def started(cls) -> Iterator["Machines"]:
         """In a temporary directory of its own: Rays in the usual one take the newest there for theirs."""
-        with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder, environment(folder):
+        with (
+            tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
+            environment(folder),
+            beside_own_ray(),
+        ):
             machines = cls()
             try:
                 yield machines
