@@ -14,6 +14,7 @@ within one run; figures are medians over rounds.
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -23,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,11 +48,10 @@ import torch  # noqa: E402
 from quality_grid import commit_of_code  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist  # noqa: E402
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
 
 from msr_dist.batch import ScenarioBatch  # noqa: E402
-from msr_dist.checkpoint import Checkpoint, CheckpointConfig, Checkpoints, TrainState  # noqa: E402
+from msr_dist.checkpoint import CheckpointConfig, Checkpoints, TrainState, not_finite  # noqa: E402
 from msr_dist.config import merge, parse  # noqa: E402
 from msr_dist.data.loader import Loader  # noqa: E402
 from msr_dist.data.order import Order  # noqa: E402
@@ -129,12 +130,12 @@ def loader(data: Path | None, batch_size: int, rounds: int, results: Path, wide:
     run = configured(folder, MODELS["mlp"], batch_size * workers, [])
     source = ParquetSource(folder / "train", schema)
     order = order_of(run, source)
-    ways: dict[str, Callable[[], int]] = {
-        "pyarrow": lambda: decode(source),
-        "loader": lambda: sum(
-            len(batch.scenario)
-            for rank in range(workers)
-            for batch in Loader(source, schema, order, rank, workers, run.loader).batches(0, order.steps)
+    ways: dict[str, Callable[[], None]] = {
+        "pyarrow": lambda: decode(source, 1),
+        # Two threads at a time slow each other down, whatever they do.
+        f"pyarrow in {run.loader.threads} threads": lambda: decode(source, run.loader.threads),
+        "loader": lambda: read_all(
+            Loader(source, schema, order, rank, workers, run.loader).batches(0, order.steps) for rank in range(workers)
         ),
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
@@ -151,19 +152,33 @@ def loader(data: Path | None, batch_size: int, rounds: int, results: Path, wide:
         "batch_size": batch_size,
         "rounds": rounds,
         "rows_per_cpu_second": {name: round(speed) for name, speed in medians.items()},
-        "share_of_pyarrow": round(statistics.median(map(_ratio, speeds["loader"][1:], speeds["pyarrow"][1:])), 3),
+        "shares": {
+            name: round(statistics.median(map(_ratio, speeds["loader"][1:], each[1:])), 3)
+            for name, each in speeds.items()
+            if name != "loader"
+        },
     }
     add(results, line)
 
 
-def decode(source: ParquetSource) -> int:
-    """All rows of the columns that training reads, decoded and thrown away; how many they were."""
-    rows = 0
-    for path in sorted({group.file for group in source.row_groups}):
-        with pq.ParquetFile(path) as file:
-            for index in range(file.num_row_groups):
-                rows += file.read_row_group(index, columns=source.columns, use_threads=False).num_rows
-    return rows
+def read_all(loaders: Iterator[Iterator[ScenarioBatch]]) -> None:
+    """Take all batches, and throw them away."""
+    for batches in loaders:
+        for _ in batches:
+            pass
+
+
+def decode(source: ParquetSource, threads: int) -> None:
+    """All rows of the columns that training reads, decoded and thrown away."""
+
+    def every(first: int) -> None:
+        for path in sorted({group.file for group in source.row_groups}):
+            with pq.ParquetFile(path) as file:
+                for index in range(first, file.num_row_groups, threads):
+                    file.read_row_group(index, columns=source.columns, use_threads=False)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(every, range(threads)))
 
 
 @main.command()
@@ -239,34 +254,63 @@ def checkpoint(
     settings: tuple[str, ...],
     times: int,
 ) -> None:
-    """Seconds to save and to restore, and the bytes on disk by those of the tensors."""
+    """Seconds to save and to restore, how long training stands still for it, and bytes on disk by those of the tensors.
+
+    Training stands still for the time by which steps take longer with a checkpoint that is written in the background.
+    """
     for model in models:
         run = configured(data or planted_data(), MODELS[model], batch_size, settings)
         with open_world() as world, tempfile.TemporaryDirectory() as folder:
-            sharded = run.build(scaled(run.read_schema(), times), 0, world)
-            sharded.allocate_state()
-            store = Checkpoints(Path(folder), CheckpointConfig(), world)
-            save, restore = [], []
-            for number in range(rounds):
-                start = time.perf_counter()
-                state = TrainState(step=number)
-                saved = Checkpoint(store.save(sharded.tensors(), state), state)
-                save.append(time.perf_counter() - start)
-                start = time.perf_counter()
-                saved.restore(sharded.tensors())
-                restore.append(time.perf_counter() - start)
-            on_disk = sum(file.stat().st_size for file in saved.folder.rglob("*") if file.is_file())
-            line = {
-                "measured": "checkpoint",
-                "model": model,
-                "rounds": rounds,
-                "table_rows": sum(table.rows for table in run.read_schema().tables) * times,
-                "bytes": on_disk,
-                "bytes_by_tensors": round(on_disk / tensor_bytes(sharded), 4),
-                "save_seconds": round(statistics.median(save), 2),
-                "restore_seconds": round(statistics.median(restore), 2),
-            }
-        add(results, line)
+            figures = saved(run, scaled(run.read_schema(), times), times, world, rounds, Path(folder))
+        add(results, {"measured": "checkpoint", "model": model, "rounds": rounds, **figures})
+
+
+def saved(run: RunConfig, schema: FeatureSchema, times: int, world: World, rounds: int, folder: Path) -> dict[str, Any]:
+    """The figures of checkpoints of `run`, in a world of one process."""
+    sharded, pipeline, reader = trainer(run, schema, world)
+    kept = [spread(batch, times) for batch in reader.batches(0, min(IN_MEMORY, reader.order.steps))]
+
+    def timed(work: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    def go(count: int) -> None:
+        steps(pipeline, map(fresh, itertools.islice(itertools.cycle(kept), count)))
+
+    go(WARM_UP)
+    stopped = Checkpoints(folder / "stopped", CheckpointConfig(background=False), world)
+    seconds: dict[str, list[float]] = {"save": [], "restore": [], "alone": [], "beside": [], "call": []}
+    with Checkpoints(folder / "background", CheckpointConfig(background=True), world) as background:
+        for number in range(rounds + 1):
+            state = TrainState(step=number)
+            seconds["save"].append(timed(lambda: stopped.save(sharded.tensors(), state)))  # noqa: B023 - called at once
+            # Steps that last longer than the writing beside them.
+            count = max(10, math.ceil(2 * max(seconds["save"]) / (timed(partial(go, 10)) / 10)))
+            seconds["alone"].append(timed(partial(go, count)))
+            start = time.perf_counter()
+            assert not_finite(sharded.tensors(), world) is None
+            background.save(sharded.tensors(), state)
+            seconds["call"].append(time.perf_counter() - start)
+            go(count)
+            seconds["beside"].append(time.perf_counter() - start)
+            background.finish()
+            written = stopped.newest()
+            assert written is not None
+            seconds["restore"].append(timed(partial(written.restore, sharded.tensors())))
+    on_disk = sum(file.stat().st_size for file in (folder / "background").glob("*/*")) / CheckpointConfig().keep
+    # The first of each allocates what later ones use again.
+    median = {name: statistics.median(each[1:]) for name, each in seconds.items()}
+    stalls = [beside - alone for beside, alone in zip(seconds["beside"][1:], seconds["alone"][1:], strict=True)]
+    return {
+        "table_rows": sum(table.rows for table in schema.tables),
+        "bytes": round(on_disk),
+        "bytes_by_tensors": round(on_disk / tensor_bytes(sharded), 4),
+        "save_seconds": round(median["save"], 3),
+        "restore_seconds": round(median["restore"], 3),
+        "call_by_save": round(statistics.median(map(_ratio, seconds["call"][1:], seconds["save"][1:])), 3),
+        "stall_by_save": round(statistics.median(map(_ratio, stalls, seconds["save"][1:])), 3),
+    }
 
 
 def tensor_bytes(sharded: Sharded) -> int:
@@ -318,12 +362,8 @@ def measure(case: Case) -> None:
     run = case.run
     with open_world() as world:
         schema = scaled(run.read_schema(), case.times)
-        sharded = run.build(schema, 0, world)
-        sharded.model.train()
-        source = ParquetSource(run.data / "train", schema)
-        reader = Loader(source, schema, order_of(run, source), world.rank, world.world_size, run.loader)
+        sharded, pipeline, reader = trainer(run, schema, world)
         kept = [spread(batch, case.times) for batch in reader.batches(0, min(IN_MEMORY, reader.order.steps))]
-        pipeline = TrainPipelineSparseDist(sharded.model, sharded.optimizer, world.device, execute_all_batches=True)
         # Nothing is learned before the measurement: what it learns may be judged.
         sharded.scale_learning_rates(0.0)
         steps(pipeline, map(fresh, itertools.islice(itertools.cycle(kept), WARM_UP)))
@@ -374,6 +414,15 @@ def measure(case: Case) -> None:
         if quality is not None:
             line["auc"] = quality.flat("valid")
         case.out.write_text(json.dumps(line))
+
+
+def trainer(run: RunConfig, schema: FeatureSchema, world: World) -> tuple[Sharded, Any, Loader]:
+    """A model, what trains it, and the batches of this rank."""
+    sharded = run.build(schema, 0, world)
+    sharded.model.train()
+    source = ParquetSource(run.data / "train", schema)
+    reader = Loader(source, schema, order_of(run, source), world.rank, world.world_size, run.loader)
+    return sharded, sharded.pipeline(world.device), reader
 
 
 @dataclass

@@ -4,23 +4,30 @@ A checkpoint is a folder `stage-S-step-N` of torch's distributed checkpoint file
 and a `state.json` with the position and the sizes of the other files. It is written under another name, then renamed.
 """
 
+import copy
 import json
 import logging
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
+import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
+from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 
 from msr_dist.config import Config
@@ -40,10 +47,17 @@ class CheckpointConfig(Config):
     """Save every so many steps; the end of an epoch and of a stage is saved anyway."""
     keep: int = Field(default=2, ge=1)
     """How many checkpoints stay; the oldest go first."""
+    background: bool | None = None
+    """Write while training goes on, from a copy in main memory, which stops it for a moment only. By default where GPUs
+    train; on CPU the copy would take as much again as the tables."""
 
     def due(self, step: int) -> bool:
         """Whether the end of `step` is to be saved."""
         return self.every_steps is not None and step % self.every_steps == 0
+
+    def in_background(self, device: str) -> bool:
+        """Whether it is written while training goes on, on a device of that type."""
+        return device == "cuda" if self.background is None else self.background
 
 
 class TrainState(Config):
@@ -117,10 +131,23 @@ _REMEDY = "remove that folder to go on from the one before it"
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. As a context: what is being written when it ends is written to its end."""
 
     def __init__(self, folder: Path, config: CheckpointConfig, world: World) -> None:
         self._folder, self._keep, self._world = folder, config.keep, world
+        self._background = config.in_background(world.device.type)
+        self._group: dist.ProcessGroup | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._copies: dict[str, Tensor] = {}
+        self._stage = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Its group must not be taken away from under it; what it raises now is not the first fault.
+        self._thread.shutdown()
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint, the same on every rank; None where there is none at all.
@@ -140,20 +167,56 @@ class Checkpoints:
         return answer[0]
 
     def save(self, tensors: Mapping[str, Tensor], state: TrainState) -> Path:
-        """Write a checkpoint; all ranks together. It exists once this returns, or not at all."""
+        """Write a checkpoint; all ranks together. `tensors` may change from now on.
+
+        It exists once `finish` returns, or not at all; in the background or not, the one before it does already.
+
+        Raises:
+            CheckpointException: this one, or in the background the one before it, could not be written.
+        """
+        self.finish()
         target = self._folder / f"stage-{state.stage}-step-{state.step:09d}"
+        if not self._background:
+            self._write(tensors, target, state)
+            return target
+        if self._group is None:
+            # Collectives of two threads on one group would meet each other's.
+            self._group = dist.new_group(backend="gloo")
+        if state.stage != self._stage:
+            self._stage, self._copies = state.stage, {}
+        copies = self._copy(tensors)
+        self._writing = self._thread.submit(self._write, copies, target, state)
+        return target
+
+    def finish(self) -> None:
+        """Wait for what is being written; CheckpointException where it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, tensors: Mapping[str, Tensor], target: Path, state: TrainState) -> None:
         partial = target.with_name(target.name + PARTIAL)
         if self._world.rank == 0:
             for left in self._folder.glob(f"*{PARTIAL}"):
                 shutil.rmtree(left)
             partial.mkdir(parents=True)
-        dist.barrier()
-        save(dict(tensors), checkpoint_id=partial)
+        dist.barrier(self._group)
+        save(dict(tensors), checkpoint_id=partial, process_group=self._group)
         if self._world.rank == 0:
             _commit(partial, target, state)
             self._prune(target)
-        dist.barrier()
-        return target
+        dist.barrier(self._group)
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` as they are now, in memory that was used for the checkpoint before."""
+        for name, tensor in tensors.items():
+            if name not in self._copies:
+                self._copies[name] = _empty_like(tensor)
+            for into, part in zip(_own_parts(self._copies[name]), _own_parts(tensor), strict=True):
+                into.copy_(part, non_blocking=True)
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return {name: self._copies[name] for name in tensors}
 
     def _prune(self, committed: Path) -> None:
         folders = _folders(self._folder)
@@ -194,6 +257,29 @@ def _own_parts(tensor: Tensor) -> list[Tensor]:
     if isinstance(tensor, ShardedTensor):
         return [shard.tensor for shard in tensor.local_shards()]
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor]
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and sharding in main memory."""
+
+    def empty(part: Tensor) -> Tensor:
+        return torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
+
+    def in_main_memory(shard: ShardMetadata) -> ShardMetadata:
+        moved = copy.copy(shard)
+        if shard.placement is not None:
+            moved.placement = _remote_device(f"rank:{shard.placement.rank()}/cpu")
+        return moved
+
+    if isinstance(tensor, ShardedTensor):
+        metadata = copy.copy(tensor.metadata())
+        metadata.shards_metadata = [in_main_memory(shard) for shard in metadata.shards_metadata]
+        shards = [Shard(empty(shard.tensor), in_main_memory(shard.metadata)) for shard in tensor.local_shards()]
+        group: Any = tensor._process_group
+        return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=group)
+    if isinstance(tensor, DTensor):
+        return tensor.detach().clone().cpu()
+    return empty(tensor.detach())
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -251,6 +251,11 @@ def plan(
     click.echo(
         f"fits     {'yes' if found.fits else 'NO'}: {size_text(needed)} needed, {size_text(usable)}{margin} usable"
     )
+    if wanted.device == "cuda":
+        most = max(map(found.main_bytes, range(wanted.ranks)))
+        click.echo(
+            f"main     {size_text(most)} of a rank's main memory, for cached tables and to write checkpoints from"
+        )
     click.echo(f"step     {found.estimate.milliseconds:.1f} ms of lookups and their communication, by TorchRec's model")
     click.echo(f"fewest   {fewest.machines.ranks if fewest else 'no number'} of those that divide loader.partitions")
     if out is not None:

@@ -18,6 +18,7 @@ from torch.distributed.optim import _apply_optimizer_in_backward  # type: ignore
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
@@ -34,7 +35,7 @@ from torchrec.distributed.planner.types import (
     Stats,
     Storage,
 )
-from torchrec.distributed.types import CacheParams, ShardingPlan
+from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
@@ -200,7 +201,20 @@ class _BagSharder(EmbeddingBagCollectionSharder):
         return ["data_parallel", "table_wise", "column_wise", "row_wise", "table_row_wise"]
 
 
-SHARDERS = [_BagSharder(), EmbeddingCollectionSharder(), BagsSharder(_BagSharder())]
+Communication = Literal["fp32", "bf16", "fp16"]
+
+_CODECS = {
+    "bf16": QCommsConfig(CommType.BF16, CommType.BF16),
+    # Gradients of single rows are too small for fp16.
+    "fp16": QCommsConfig(CommType.FP16, CommType.BF16),
+}
+
+
+def sharders(communication: Communication = "fp32") -> list[ModuleSharder[nn.Module]]:
+    """What lays out tables of every kind, whose vectors and gradients go between ranks as `communication` says."""
+    codecs = get_qcomm_codecs_registry(_CODECS[communication]) if communication in _CODECS else None
+    bags = _BagSharder(qcomm_codecs_registry=codecs)
+    return [bags, EmbeddingCollectionSharder(qcomm_codecs_registry=codecs), BagsSharder(bags)]
 
 
 def make_plan(
@@ -222,8 +236,8 @@ def make_plan(
     planner = _planner(module, config, sparse, world, batch_size, fixed, capacity, {}, [])
     try:
         if dist.is_initialized():
-            return planner.collective_plan(module, list(SHARDERS), dist.group.WORLD)
-        return planner.plan(module, list(SHARDERS))
+            return planner.collective_plan(module, sharders(), dist.group.WORLD)
+        return planner.plan(module, sharders())
     except PlannerError as error:
         raise _does_not_fit(module, world, capacity, error) from None
 
@@ -249,7 +263,7 @@ def estimate(
     kept = _Kept()
     planner = _planner(module, config, sparse, world, batch_size, fixed, capacity, lengths, [kept])
     try:
-        planner.plan(module, list(SHARDERS))
+        planner.plan(module, sharders())
     except PlannerError as error:
         raise _does_not_fit(module, world, capacity, error) from None
     options = sorted(kept.options, key=lambda option: option.name)

@@ -30,7 +30,15 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from msr_dist import noise
 from msr_dist.distributed import World
-from msr_dist.layout import SHARDERS, ParallelConfig, is_cached, make_plan, module_tables, table_places
+from msr_dist.layout import (
+    Communication,
+    ParallelConfig,
+    is_cached,
+    make_plan,
+    module_tables,
+    sharders,
+    table_places,
+)
 from msr_dist.optim import DenseOptimizer, SparseOptimizer
 from msr_dist.vocabulary import ShardedBags
 
@@ -117,6 +125,7 @@ def shard(
     seed: int,
     reserved: Mapping[str, int],
     fixed: Mapping[str, Values] | None = None,
+    communication: Communication = "fp32",
 ) -> Sharded:
     """Spread `module` over the world and build its optimizers.
 
@@ -125,7 +134,8 @@ def shard(
     that ids without a row of their own share do as well.
     Tables in `fixed` hold the values that it gives by table name, and keep them: nothing trains them. A rank asks for
     rows of its own shards alone, a part at a time. The module must not let a gradient reach a fixed table.
-    `batch_size` is that of one rank; the planner's estimate alone depends on it.
+    `batch_size` is that of one rank; the planner's estimate alone depends on it. Vectors and their gradients go between
+    ranks in the precision of `communication`.
 
     Raises:
         ValueError: the allowed layouts do not fit the optimizer, the device or the memory.
@@ -140,7 +150,7 @@ def shard(
         env=ShardingEnv.from_process_group(dist.group.WORLD),
         device=world.device,
         plan=plan,
-        sharders=list(SHARDERS),
+        sharders=sharders(communication),
         # Alone, it would only copy every gradient into its buckets and back.
         init_data_parallel=world.world_size > 1,
     )

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import psutil
 import torch
 from rich.table import Table
@@ -29,7 +30,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from msr_dist.batch import ScenarioBatch
 from msr_dist.config import load
-from msr_dist.data.loader import feature_names
+from msr_dist.data.loader import feature_names, has_weights, id_type
 from msr_dist.distributed import World
 from msr_dist.files import write_whole
 from msr_dist.layout import GPU_MARGIN, Capacity, DoesNotFitError, Estimate
@@ -130,12 +131,14 @@ class Plan:
     shared: Shared
     fits: bool
     """If not, the layout is that of ranks with as much more memory as it takes."""
+    copied: bool
+    """Whether checkpoints are written from a copy in main memory: see `CheckpointConfig.background`."""
 
     def rank_bytes(self, rank: int) -> dict[str, int]:
         """Bytes that a rank needs of its memory, or of its GPU's, by what they are for."""
         mine = [(table, shard) for table in self.estimate.tables for shard in table.shards if shard.rank == rank]
         held = [shard for table, shard in mine if not table.cache]
-        shared = self.shared
+        shared, on_cpu = self.shared, self.machines.device == "cpu"
         return {
             "tables": sum(shard.weights for shard in held),
             "optimizer state of tables": sum(shard.state for shard in held),
@@ -145,13 +148,20 @@ class Plan:
             "dense optimizer": shared.optimizer,
             "activations": shared.activations,
             "data": shared.data,
+            **({"copy for checkpoints": self._copy(rank)} if on_cpu and self.copied else {}),
             "process": shared.process,
         }
 
     def main_bytes(self, rank: int) -> int:
-        """Bytes of main memory that a rank's cached tables need."""
+        """Bytes of main memory that a rank on a GPU needs for cached tables, and to write checkpoints from."""
         cached = (table for table in self.estimate.tables if table.cache)
-        return sum(each.weights + each.state for table in cached for each in table.shards if each.rank == rank)
+        held = sum(each.weights + each.state for table in cached for each in table.shards if each.rank == rank)
+        return held + self.copied * self._copy(rank)
+
+    def _copy(self, rank: int) -> int:
+        """Bytes of what a rank saves."""
+        mine = (shard for table in self.estimate.tables for shard in table.shards if shard.rank == rank)
+        return sum(shard.weights + shard.state for shard in mine) + self.shared.parameters + self.shared.optimizer
 
     @property
     def fullest(self) -> int:
@@ -264,13 +274,17 @@ class Planner:
         world, shared = machines.world, self._shared(machines)
         if machines.device == "cuda" and self._may_cache and not machines.memory:
             raise ValueError("parallel.cache: cached tables stand in main memory: give that of a rank, --memory SIZE")
+        copied = self._run.checkpoint.in_background(machines.device)
         left, main, fits = machines.usable - shared.total, machines.memory, True
+        if machines.device == "cpu" and copied:
+            # Tables and state stand there twice.
+            left = (left - shared.parameters - shared.optimizer) // 2
         while left < _MOST:
             capacity = Capacity(main, left) if machines.device == "cuda" else Capacity(left)
             try:
                 if left > 0:
                     found = self._run.estimate(self._schema, self._stage, world, capacity, self._lengths)
-                    return Plan(machines, self._schema, found, shared, fits)
+                    return Plan(machines, self._schema, found, shared, fits, copied)
             except DoesNotFitError:
                 pass
             left, main, fits = int(max(left, _LEAST) * _MORE), int(main * _MORE), False
@@ -310,7 +324,9 @@ class Planner:
             optimizer=_NUMBERS_PER_DENSE[stage.dense.kind] * self._parameters,
             activations=int(self._activations_per_row * rows),
             # The window that is being read, and the one after it.
-            data=int(self._row_bytes * (batches * rows + (2 * window / machines.ranks if on_cpu else 0))),
+            data=int(
+                batches * rows * self._batch_row + (2 * window / machines.ranks * self._ready_row if on_cpu else 0)
+            ),
             process=self._process + _LOADED_LATER if on_cpu else 0,
         )
 
@@ -326,12 +342,19 @@ class Planner:
         return 2 if isinstance(self._run.objective(self._stage), Contrastive) else 1
 
     @property
-    def _row_bytes(self) -> float:
-        """Of a decoded row: ids, lists and their offsets, numbers, scenario, place, labels and their weights."""
+    def _batch_row(self) -> float:
+        """Bytes of a row in a batch: ids, lengths of lists, numbers, scenario, place, labels and their weights."""
         lists = len(self._lengths)
-        single = len(self._schema.features) - lists
-        numbers = len(self._schema.numerics) + 2 * len(self._schema.labels)
-        return 8 * (single + lists * (self._list_length + 1) + 2) + 4 * numbers
+        ids = len(self._schema.features) - lists + lists * self._list_length
+        return 8 * (ids + lists + 2) + 4 * (len(self._schema.numerics) + 2 * len(self._schema.labels))
+
+    @property
+    def _ready_row(self) -> float:
+        """Bytes of a decoded row that stands ready: ids, lists and their offsets, numbers, scenario, and labels."""
+        lists, labels = len(self._lengths), len(self._schema.labels)
+        single = np.dtype(id_type(self._schema)).itemsize * (len(self._schema.features) - lists)
+        numbers = 4 * (len(self._schema.numerics) + 1 + labels * has_weights(self._schema)) + labels
+        return single + 8 * lists * (self._list_length + 1) + numbers
 
     def _measure(self) -> tuple[int, float]:
         """Bytes of the dense parameters, and those per row that forward and backward pass hold at most."""

@@ -28,6 +28,7 @@ from msr_dist.guard import GuardConfig
 from msr_dist.knowledge import KnowledgeConfig, UserVectors
 from msr_dist.layout import (
     Capacity,
+    Communication,
     Estimate,
     ParallelConfig,
     estimate,
@@ -94,7 +95,8 @@ class EvaluationConfig(Config):
 class RunConfig(Config):
     """Everything about a run.
 
-    `seed`, `data`, `loader`, `embeddings`, `knowledge`, `model`, `precision` and `stages` decide its losses.
+    `seed`, `data`, `loader`, `embeddings`, `knowledge`, `model`, `precision`, `communication` and
+    `stages` decide its losses.
     """
 
     name: str = Field(min_length=1, pattern=r"^\w[\w.-]*$")
@@ -113,6 +115,9 @@ class RunConfig(Config):
     precision: Precision = "fp32"
     """Of the model's products: bf16 takes a fraction of the time where processors multiply it (AVX512-BF16, AMX, GPUs),
     and longer than fp32 where they do not. Weights, optimizers, tables and losses have precisions of their own."""
+    communication: Communication = "fp32"
+    """Of tables' vectors and gradients on their way between ranks: bf16 and fp16 (with gradients in bf16) are half the
+    bytes, for networks that are slower than the ranks. Then losses depend a little on the number of ranks."""
     parallel: ParallelConfig = ParallelConfig()
     stages: tuple[StageConfig, ...] = Field(default=(StageConfig(),), min_length=1)
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -260,7 +265,9 @@ class RunConfig(Config):
         reserved = recommender.reserved_rows(schema)
         fixed = {table: UserVectors(schema, self.seed) for table in _fixed(schema)}
         layouts = self._layouts(recommender, world)
-        return shard(recommender, layouts, stage.sparse, stage.dense, world, rows, self.seed, reserved, fixed)
+        return shard(
+            recommender, layouts, stage.sparse, stage.dense, world, rows, self.seed, reserved, fixed, self.communication
+        )
 
     def dry_plan(self, world_size: int) -> str:
         """The sharding plan for `world_size` ranks on machines like this one, without any data or process group."""
@@ -333,7 +340,7 @@ def _losses(run: RunConfig) -> dict[str, Any]:
             flat[prefix] = value
 
     whole = run.absolute().model_dump(mode="json")
-    for key in ("seed", "data", "loader", "embeddings", "knowledge", "model", "precision"):
+    for key in ("seed", "data", "loader", "embeddings", "knowledge", "model", "precision", "communication"):
         walk(key, whole[key])
     for index, stage in enumerate(whole["stages"]):
         walk(f"stages.{index}", stage)

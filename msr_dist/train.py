@@ -91,6 +91,7 @@ def train(
         with (
             open_tracker(run.tracking, world.rank, run.folder, dump(run)) as tracker,
             watching(run.watch, run.folder, world),
+            checkpoints,
         ):
             session = Session(run, world, schema, feeds, checkpoints, tracker, validated, show)
             # What follows the stages needs no saving: it may be ended at any time, and starts anew.
@@ -248,11 +249,13 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
             end = Checkpoint(session.checkpoints.save(sharded.tensors(), state), state)
             meter.restart()
         if stops:
+            session.checkpoints.finish()
             progress.close()
             raise stopping.Stopped(
                 f"stopped after step {state.step} of {steps} of stage {stage.name}, which is saved: "
                 "the same command goes on from there"
             )
+    session.checkpoints.finish()
     progress.close()
     # The pipeline has replaced the lookup's forward by one that waits for batches of the pipeline's own.
     pipeline.detach()

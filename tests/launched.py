@@ -22,7 +22,7 @@ from msr_dist.data.loader import Loader, LoaderConfig
 from msr_dist.data.order import Order
 from msr_dist.data.parquet import ParquetSource
 from msr_dist.distributed import World, open_world
-from msr_dist.layout import ParallelConfig, TableSharding
+from msr_dist.layout import Communication, ParallelConfig, TableSharding
 from msr_dist.models.base import BackboneConfig
 from msr_dist.models.mmoe import Config as Mmoe
 from msr_dist.optim import DenseOptimizer, Schedule, SparseOptimizer
@@ -90,6 +90,7 @@ class Training:
     layouts: tuple[str, str, str]
     optimizer: str = "rowwise_adagrad"
     precision: str = "fp32"
+    communication: Communication = "fp32"
     attention: bool = False
     per_scenario: bool = False
     decay: str = "constant"
@@ -117,7 +118,17 @@ def train_steps(job: Training) -> None:
         )
         sparse = SparseOptimizer(kind=job.optimizer)
         reserved = model.reserved_rows(schema)
-        sharded = shard(model, parallel, sparse, DenseOptimizer(), world, 60, seed=1, reserved=reserved)
+        sharded = shard(
+            model,
+            parallel,
+            sparse,
+            DenseOptimizer(),
+            world,
+            60,
+            seed=1,
+            reserved=reserved,
+            communication=job.communication,
+        )
         checkpoints = Checkpoints(job.folder / "checkpoints", CheckpointConfig(), world)
         if job.first:
             found = checkpoints.newest()

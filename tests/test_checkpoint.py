@@ -1,5 +1,6 @@
 import json
 import shutil
+from threading import Event
 
 import pytest
 import torch
@@ -131,3 +132,59 @@ def test_the_state_lists_the_files_with_their_sizes(tmp_path, world):
     record = json.loads((folder / STATE_FILE).read_text())
     assert record["files"] == {file.name: file.stat().st_size for file in folder.iterdir() if file.name != STATE_FILE}
     assert set(FileSystemReader(folder).read_metadata().state_dict_metadata) == set(tensors())
+
+
+@pytest.fixture
+def behind(tmp_path, world):
+    """Checkpoints in the background, whose writing does not begin before the event."""
+    begin = Event()
+    with Checkpoints(tmp_path / "runs", CheckpointConfig(background=True), world) as checkpoints:
+        checkpoints._thread.submit(begin.wait)
+        yield checkpoints, begin
+        begin.set()
+
+
+def test_in_the_background_the_moment_of_the_call_is_written(tmp_path, behind):
+    checkpoints, begin = behind
+    changing = tensors(1)
+    checkpoints.save(changing, TrainState(step=1))
+    for tensor in changing.values():
+        tensor.zero_()
+    assert checkpoints.newest() is None
+    begin.set()
+    for step in (2, 3):
+        changing["model/weight"].fill_(step)
+        # The one before is complete then.
+        checkpoints.save(changing, TrainState(step=step))
+        assert len(list((tmp_path / "runs").glob("stage-*[0-9]"))) == step - 1
+    checkpoints.finish()
+    last, before = (Checkpoint.read(tmp_path / "runs" / f"stage-0-step-{step:09d}") for step in (3, 2))
+    for found, expected in ((last, 3), (before, 2)):
+        target = tensors(9)
+        found.restore(target)
+        assert target["model/weight"].unique().item() == expected
+        assert target["optimizer/weight/exp_avg"].unique().item() == 0
+
+
+def test_what_fails_in_the_background_is_told(tmp_path, behind):
+    checkpoints, begin = behind
+    (tmp_path / "runs").write_text("a file where a folder must be")
+    checkpoints.save(tensors(1), TrainState(step=1))
+    begin.set()
+    with pytest.raises(NotADirectoryError):
+        checkpoints.save(tensors(2), TrainState(step=2))
+    checkpoints.finish()
+
+
+def test_the_context_waits_for_what_is_being_written(tmp_path, world):
+    with Checkpoints(tmp_path, CheckpointConfig(background=True), world) as checkpoints:
+        checkpoints.save(tensors(1), TrainState(step=1))
+    assert newest(tmp_path).state.step == 1
+
+
+@pytest.mark.parametrize(
+    ("background", "device", "expected"),
+    [(None, "cuda", True), (None, "cpu", False), (True, "cpu", True), (False, "cuda", False)],
+)
+def test_where_it_is_written_in_the_background(background, device, expected):
+    assert CheckpointConfig(background=background).in_background(device) is expected

@@ -44,6 +44,21 @@ def test_the_plan_and_the_world_size_change_no_loss(tmp_path, data, optimizer):
     assert all(abs(a - b) > 1e-4 for a, b in zip(alone[10:], untrained[10:], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("communication", "layouts", "settings"),
+    [
+        ("bf16", ("table_wise", "row_wise", "column_wise"), {"optimizer": "adagrad"}),
+        ("fp16", ("row_wise", "table_wise", "table_row_wise"), {}),
+        ("fp16", ("column_wise", "row_wise", "row_wise"), {"optimizer": "adagrad", "attention": True}),
+    ],
+)
+def test_vectors_may_be_shorter_between_ranks(tmp_path, data, communication, layouts, settings):
+    exact = losses(tmp_path, data, 2, layouts, last=15, **settings)
+    rounded = losses(tmp_path, data, 2, layouts, last=15, communication=communication, **settings)
+    assert rounded != pytest.approx(exact, rel=1e-7)
+    assert rounded == pytest.approx(exact, rel=3e-3)
+
+
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad"])
 def test_a_checkpoint_continues_under_any_plan(tmp_path, data, optimizer):
     whole = losses(tmp_path, data, 1, WHOLE, optimizer=optimizer)

@@ -211,10 +211,30 @@ def test_gpu_tables_go_to_main_memory_where_asked_or_where_they_must(tmp_path, d
     must = planner(run_config(tmp_path, data, parallel={"cache": 0.2}), rows).plan(one)
     assert must.fits
     assert layouts(must) == {"users": 0.2, "items_": None, "tags": None}
-    assert must.main_bytes(0) == 100_000_000 * (8 * 4 + 4)
+    users = 100_000_000 * (8 * 4 + 4)
+    others = sum(must.rank_bytes(0)[part] for part in ("tables", "optimizer state of tables"))
+    dense = sum(must.rank_bytes(0)[part] for part in ("dense parameters", "dense optimizer"))
+    assert must.main_bytes(0) == 2 * users + others + dense
+    stopping = run_config(tmp_path, data, parallel={"cache": 0.2}, checkpoint={"background": False})
+    assert planner(stopping, rows).plan(one).main_bytes(0) == users
     assert 0.2 * 3.2e9 < must.rank_bytes(0)["buffers"] < 2 * GIB
     small = planner(run_config(tmp_path, data, parallel={"cache": 0.2}), rows).plan(replace(one, memory=GIB))
     assert not small.fits
+
+
+def test_on_cpu_a_copy_for_checkpoints_is_foreseen(tmp_path, data):
+    rows = ("users=20_000_000",)
+    alone = planner(run_config(tmp_path, data), rows).plan(CPUS)
+    copying = planner(run_config(tmp_path, data, checkpoint={"background": True}), rows).plan(CPUS)
+    assert "copy for checkpoints" not in alone.rank_bytes(0)
+    found = copying.rank_bytes(0)
+    assert found["copy for checkpoints"] == sum(
+        found[part] for part in ("tables", "optimizer state of tables", "dense parameters", "dense optimizer")
+    )
+    # Room for 0.72 GB of a table and its state, and for half as much again.
+    tight = Machines("cpu", 1, alone.shared.total + 1_080_000_000)
+    assert planner(run_config(tmp_path, data), rows).plan(tight).fits
+    assert not planner(run_config(tmp_path, data, checkpoint={"background": True}), rows).plan(tight).fits
 
 
 def test_cached_tables_need_main_memory(tmp_path, data):

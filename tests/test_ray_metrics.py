@@ -40,9 +40,16 @@ def test_prometheus_sees_what_each_rank_does(tmp_path):
     }
     seen: list[str] = []
 
+    def ranks() -> set[str]:
+        of_steps = (line for line in seen if line.startswith("ray_msr_dist_step_seconds"))
+        return {re.search(r'rank="(\d)"', line)[1] for line in of_steps}
+
+    def all_there() -> bool:
+        return wanted <= {line.partition("{")[0] for line in seen} and ranks() == {"0", "1"}
+
     def watch() -> None:
         begun = time.monotonic()
-        while time.monotonic() - begun < 150 and not wanted <= {line.partition("{")[0] for line in seen}:
+        while time.monotonic() - begun < 150 and not all_there():
             with urlopen(
                 f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=30
             ) as page:
@@ -56,8 +63,7 @@ def test_prometheus_sees_what_each_rank_does(tmp_path):
     watcher.join()
     assert {line.partition("{")[0] for line in seen} == wanted
     assert all('run="mine"' in line and 'stage="train"' in line for line in seen)
-    ranks = {re.search(r'rank="(\d)"', line)[1] for line in seen if line.startswith("ray_msr_dist_step_seconds")}
-    assert ranks == {"0", "1"}
+    assert ranks() == {"0", "1"}
     scenarios = {re.search(r'scenario="([^"]*)"', line)[1] for line in seen if "scenario_auc" in line}
     assert scenarios == {"overall", "scenario 0", "scenario 1", "scenario 2"}
     # The same stand in the run's folder, of every rank.

@@ -16,7 +16,11 @@ from msr_dist.launch import launch
 from msr_dist.run import RunConfig
 from msr_dist.train import train
 
-LONG = {"stages": [{"epochs": 8, "schedule": {"decay": "cosine"}}], "evaluation": {"validate_epochs": 2}}
+LONG = {
+    "stages": [{"epochs": 8, "schedule": {"decay": "cosine"}}],
+    "evaluation": {"validate_epochs": 2},
+    "checkpoint": {"background": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,8 @@ def data(tmp_path_factory):
 def undisturbed(tmp_path_factory, data):
     """The folder of a run of two ranks that nothing stops."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run = load(RunConfig, command.write_config(folder, data, **LONG)).claim_folder()
+    settings = LONG | {"checkpoint": {}}
+    run = load(RunConfig, command.write_config(folder, data, **settings)).claim_folder()
     launch(train, run, "local", 2, run.folder)
     return run.folder
 

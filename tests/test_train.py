@@ -70,7 +70,10 @@ def wait_for_checkpoint(folder, process, seconds: float = 60) -> None:
 
 
 def test_a_killed_worker_and_another_world_size_change_no_loss(tmp_path, data):
-    long = {"stages": [{"epochs": 12, "schedule": {"decay": "linear"}}], "checkpoint": {"every_steps": 7}}
+    long = {
+        "stages": [{"epochs": 12, "schedule": {"decay": "linear"}}],
+        "checkpoint": {"every_steps": 7, "background": True},
+    }
     (tmp_path / "whole").mkdir()
     done = command.call("train", command.write_config(tmp_path / "whole", data, **long))
     assert done.returncode == 0, done.stderr
@@ -123,7 +126,7 @@ def test_a_second_stage_starts_from_the_weights_of_the_first(tmp_path, data):
     second = {"name": "second", "epochs": 1, "sparse": {"kind": "adagrad"}, "dense": {"kind": "sgd", "lr": 0.01}}
     (tmp_path / "one").mkdir()
     assert command.call("train", command.write_config(tmp_path / "one", data, stages=[first])).returncode == 0
-    both = command.write_config(tmp_path, data, stages=[first, second])
+    both = command.write_config(tmp_path, data, stages=[first, second], checkpoint={"background": True})
     assert command.call("train", both, "--workers", 2).returncode == 0
     folder = tmp_path / "runs/run"
     agree(command.losses(folder, "first/loss"), command.losses(tmp_path / "one/runs/run", "first/loss"))

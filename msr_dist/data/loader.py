@@ -1,19 +1,22 @@
 """Source + order -> this rank's ScenarioBatches, decoded and assembled ahead in threads, from any step on."""
 
 import contextlib
+import itertools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 from pydantic import Field
+from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from msr_dist.batch import ScenarioBatch
@@ -73,28 +76,32 @@ class Rows:
     """`[n]`."""
     labels: Narrow
     """`[T, n]`."""
-    weights: Floats
-    """`[T, n]`."""
+    weights: Floats | None
+    """`[T, n]`; None where all are 1."""
 
-    def padding(self, count: int) -> "Rows":
-        """The first of these rows `count` times over, with weight 0."""
+    def padding(self, row: int, count: int) -> "Rows":
+        """That row `count` times over."""
         lists = tuple(
-            (np.tile(values[offsets[0] : offsets[1]], count), np.arange(count + 1) * (offsets[1] - offsets[0]))
+            (
+                np.tile(values[offsets[row] : offsets[row + 1]], count),
+                np.arange(count + 1) * (offsets[row + 1] - offsets[row]),
+            )
             for values, offsets in self.lists
         )
+        one = slice(row, row + 1)
         return Rows(
-            self.ids[:, :1].repeat(count, 1), lists, self.numeric[:, :1].repeat(count, 1),
-            self.scenario[:1].repeat(count), self.labels[:, :1].repeat(count, 1),
-            np.zeros((len(self.weights), count), np.float32),
+            self.ids[:, one].repeat(count, 1), lists, self.numeric[:, one].repeat(count, 1),
+            self.scenario[one].repeat(count), self.labels[:, one].repeat(count, 1),
+            None if self.weights is None else self.weights[:, one].repeat(count, 1),
         )  # fmt: skip
 
-    def __getitem__(self, part: slice) -> "Rows":
-        """A view of consecutive rows."""
-        lists = tuple((values, offsets[part.start : part.stop + 1]) for values, offsets in self.lists)
-        return Rows(
-            self.ids[:, part], lists, self.numeric[:, part], self.scenario[part], self.labels[:, part],
-            self.weights[:, part],
-        )  # fmt: skip
+
+class Part(NamedTuple):
+    """Consecutive rows: a batch has many, so they are not even sliced before they are copied."""
+
+    rows: Rows
+    start: int
+    stop: int
 
 
 class Loader:
@@ -157,18 +164,21 @@ class Loader:
             put(error)
 
     def _batch(self, streams: "list[_Stream]", step: int) -> ScenarioBatch:
-        within = step % self.order.steps
-        width = self.order.padded_share(within)
-        parts: list[Rows] = []
-        numbers: list[Ints] = []
-        for stream in streams:
-            start, stop = self.order.share(stream.partition, within)
-            taken, each = stream.take(start, stop), self.together
-            missing = width - (stop - start)
-            parts += [*taken, taken[0].padding(missing * each)] if missing else taken
-            places = np.arange(start * each, stop * each, dtype=np.int64)
-            numbers += [stream.first_row * each + places, np.full(missing * each, PADDING)]
-        return _assemble(self._schema, parts, np.concatenate(numbers), self.order.step_rows(within) / self._world_size)
+        within, each = step % self.order.steps, self.together
+        shares = self.order.shares(within)
+        # Equal batches are what collectives need.
+        width = each * max(stop - start for start, stop in shares)
+        parts: list[Part] = []
+        numbers = np.full((len(streams), width), PADDING, np.int64)
+        for stream, line in zip(streams, numbers, strict=True):
+            start, stop = (each * place for place in shares[stream.partition])
+            taken = stream.take(start, stop)
+            parts += taken
+            if missing := width - (stop - start):
+                parts.append(Part(taken[0].rows.padding(taken[0].start, missing), 0, missing))
+            line[: stop - start] = np.arange(stream.first_row + start, stream.first_row + stop)
+        rows = sum(stop - start for start, stop in shares)
+        return _assemble(self._schema, parts, numbers.ravel(), rows / self._world_size)
 
     def decode(self, partition: int, epoch: int, window: int, groups: tuple[int, ...]) -> Rows:
         """One window of one partition, its rows in the order of `epoch`."""
@@ -186,17 +196,17 @@ class _Stream:
     def __init__(self, loader: Loader, pool: ThreadPoolExecutor, partition: int, epoch: int, step: int) -> None:
         order = loader.order
         self.partition = partition
-        self._loader, self._pool, self._epoch, self._together = loader, pool, epoch, loader.together
+        self._loader, self._pool, self._epoch = loader, pool, epoch
         self._windows = order.windows(partition, epoch)
-        self.first_row = order.first_row(partition, epoch)
-        start = order.share(partition, step)[0]
-        sizes = [sum(order.group_rows[group] for group in window) for window in self._windows]
-        self._begins = np.cumsum([0, *sizes])
-        self._current = int(np.searchsorted(self._begins, start, side="right")) - 1
+        self.first_row = loader.together * order.first_row(partition, epoch)
+        start = loader.together * order.shares(step)[partition][0]
+        sizes = [loader.together * sum(order.group_rows[group] for group in window) for window in self._windows]
+        self._begins = [0, *itertools.accumulate(sizes)]
+        self._current = bisect_right(self._begins, start) - 1
         self._rows: Rows | None = None
         self._next = self._ahead(self._current)
 
-    def take(self, start: int, stop: int) -> list[Rows]:
+    def take(self, start: int, stop: int) -> list[Part]:
         """Rows `start` to `stop - 1` of the sequence."""
         parts = []
         while start < stop:
@@ -204,8 +214,7 @@ class _Stream:
                 self._advance()
             begin, end = self._begins[self._current], min(stop, self._begins[self._current + 1])
             assert self._rows is not None
-            each = self._together
-            parts.append(self._rows[(start - begin) * each : (end - begin) * each])
+            parts.append(Part(self._rows, start - begin, end - begin))
             start = end
         return parts
 
@@ -227,6 +236,17 @@ def feature_names(schema: FeatureSchema) -> list[str]:
     return [f.name for f in schema.features if not f.pooling] + [f.name for f in schema.features if f.pooling]
 
 
+def id_type(schema: FeatureSchema) -> type[np.signedinteger[Any]]:
+    """Of ids that stand ready: the narrowest that holds them all."""
+    most = max(OPEN_IDS if each.is_open else each.rows * schema.copies(each) for each in schema.tables)
+    return np.int32 if most < 1 << 31 else np.int64
+
+
+def has_weights(schema: FeatureSchema) -> bool:
+    """Whether a label of some row may weigh other than 1."""
+    return any(label.weight or label.mask for label in schema.labels)
+
+
 def _decode(table: pa.Table, schema: FeatureSchema, permutation: Ints | None) -> Rows:
     def stack(names: list[str], dtype: type) -> npt.NDArray[Any]:
         lines = np.empty((len(names), table.num_rows), dtype)
@@ -239,22 +259,16 @@ def _decode(table: pa.Table, schema: FeatureSchema, permutation: Ints | None) ->
                 values.take(permutation, out=line, mode="clip")
         return lines
 
-    # In most data no label has either: then all weights are one number, that is not written down row by row.
-    weights = np.broadcast_to(np.float32(1), (len(schema.labels), table.num_rows))
-    if any(label.weight or label.mask for label in schema.labels):
-        weights = weights.copy()
+    weights = None
+    if has_weights(schema):
+        weights = np.ones((len(schema.labels), table.num_rows), np.float32)
         for line, label in zip(weights, schema.labels, strict=True):
             for (factor,) in (stack([name], np.float32) for name in (label.weight, label.mask) if name):
                 line *= factor
 
     (scenario,) = stack([schema.scenario], np.int32)
-    most = max(OPEN_IDS if each.is_open else each.rows * schema.copies(each) for each in schema.tables)
     return Rows(
-        ids=_own(
-            stack([f.name for f in schema.features if not f.pooling], np.int32 if most < 1 << 31 else np.int64),
-            scenario,
-            schema,
-        ),
+        ids=_own(stack([f.name for f in schema.features if not f.pooling], id_type(schema)), scenario, schema),
         lists=tuple(
             _own_list(_decode_list(table[f.name], permutation), f, scenario, schema)
             for f in schema.features
@@ -299,51 +313,49 @@ def _decode_list(column: pa.ChunkedArray, permutation: Ints | None) -> tuple[Int
     return array.values.to_numpy(), offsets
 
 
-def _assemble(schema: FeatureSchema, parts: list[Rows], numbers: Ints, rows_per_rank: float) -> ScenarioBatch:
+def _assemble(schema: FeatureSchema, parts: list[Part], numbers: Ints, rows_per_rank: float) -> ScenarioBatch:
     flat = [
-        (values[offsets[0] : offsets[-1]], np.diff(offsets))
-        for of_parts in zip(*(part.lists for part in parts), strict=True)
-        for values, offsets in of_parts
+        (values[offsets[part.start] : offsets[part.stop]], np.diff(offsets[part.start : part.stop + 1]))
+        for of_parts in zip(*(part.rows.lists for part in parts), strict=True)
+        for part, (values, offsets) in zip(parts, of_parts, strict=True)
     ]
-    features, rows = len(parts[0].ids), len(numbers)
-    values = np.empty(features * rows + sum(len(each) for each, _ in flat), np.int64)
-    _side_by_side([part.ids for part in parts], values[: features * rows].reshape(features, rows))
+    features, rows = len(parts[0].rows.ids), len(numbers)
+    ids = np.empty(features * rows + sum(len(values) for values, _ in flat), np.int64)
+    _side_by_side(parts, lambda of: of.ids, torch.from_numpy(ids[: features * rows].reshape(features, rows)))
+    row = torch.from_numpy(numbers)
+    weights = (row != PADDING).to(torch.float32)[:, None].repeat(1, len(schema.labels))
+    if has_weights(schema):
+        weights *= _side_by_side(parts, lambda of: of.weights).T
     if flat:
-        np.concatenate([each for each, _ in flat], out=values[features * rows :])
+        np.concatenate([values for values, _ in flat], out=ids[features * rows :])
     return ScenarioBatch(
         ids=KeyedJaggedTensor(
             keys=feature_names(schema),
-            values=torch.from_numpy(values),
-            lengths=torch.cat([_ones(features * rows), *(torch.from_numpy(each) for _, each in flat)])
+            values=torch.from_numpy(ids),
+            lengths=torch.cat([_ones(features * rows), *(torch.from_numpy(lengths) for _, lengths in flat)])
             if flat
             else _ones(features * rows),
         ),
-        numeric=_rows_first([part.numeric for part in parts], rows),
-        scenario=torch.from_numpy(np.concatenate([part.scenario for part in parts], dtype=np.int64)),
-        labels=_rows_first([part.labels for part in parts], rows),
-        weights=_rows_first([part.weights for part in parts], rows),
-        row=torch.from_numpy(numbers),
+        numeric=_side_by_side(parts, lambda of: of.numeric).T.contiguous(),
+        scenario=_side_by_side(parts, lambda of: of.scenario).long(),
+        labels=_side_by_side(parts, lambda of: of.labels).T.to(torch.float32, memory_format=torch.contiguous_format),
+        weights=weights,
+        row=row,
         rows_per_rank=rows_per_rank,
     )
 
 
+def _side_by_side(parts: list[Part], of: Callable[[Rows], Narrow | None], out: Tensor | None = None) -> Tensor:
+    """`[.., n]` of all parts along the last axis: in one call, for each hands Python's lock to the other threads."""
+    cut = []
+    for rows, start, stop in parts:
+        whole = of(rows)
+        assert whole is not None
+        cut.append(torch.from_numpy(whole[..., start:stop]))
+    return torch.cat(cut, -1, out=out)
+
+
 @lru_cache(maxsize=4)
-def _ones(count: int) -> torch.Tensor:
+def _ones(count: int) -> Tensor:
     """The lengths of single-valued features, which are the same in nearly all batches."""
     return torch.ones(count, dtype=torch.int64)
-
-
-def _rows_first(parts: Sequence[Narrow], rows: int) -> torch.Tensor:
-    """`[.., n]` of all parts -> one `[rows, ..]` fp32 tensor."""
-    whole = np.empty((rows, len(parts[0])), np.float32)
-    _side_by_side(parts, whole.T)
-    return torch.from_numpy(whole)
-
-
-def _side_by_side(parts: Sequence[Narrow], whole: npt.NDArray[Any]) -> None:
-    """Write `[.., n]` of all parts into `whole`, one after the other along its last axis."""
-    start = 0
-    for part in parts:
-        stop = start + part.shape[1]
-        whole[:, start:stop] = part
-        start = stop

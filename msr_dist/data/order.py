@@ -7,7 +7,7 @@ epoch takes from every partition the share of rows that lets all partitions end 
 - a rank that owns partitions p = rank mod world_size reads a row group that no other rank reads;
 - a global batch holds the same rows at any world size that divides `num_partitions`;
 - every row comes exactly once per epoch, however uneven the row groups are (shares that are shorter than the step's
-  longest are padded, on paper by `padded_share`, with rows of weight 0);
+  longest are padded with rows of weight 0);
 - the position in the data is one integer, the step.
 """
 
@@ -72,23 +72,15 @@ class Order:
         """Rows of each partition."""
         return tuple(sum(self.group_rows[group] for group in groups) for groups in self.partitions)
 
-    def share(self, partition: int, step: int) -> tuple[int, int]:
-        """First and last + 1 place, in the partition's sequence of one epoch, of what `step` of an epoch reads."""
-        rows = self.partition_rows[partition]
-        return step * rows // self.steps, (step + 1) * rows // self.steps
-
-    def padded_share(self, step: int) -> int:
-        """Rows to which every partition's share of `step` is padded: equal batches are what collectives need."""
-        return max(stop - start for start, stop in (self.share(p, step) for p in range(self.num_partitions)))
-
-    def step_rows(self, step: int) -> int:
-        """Rows of the global batch at `step` of an epoch, without padding."""
-        return sum(stop - start for start, stop in (self.share(p, step) for p in range(self.num_partitions)))
+    def shares(self, step: int) -> list[tuple[int, int]]:
+        """For each partition, first and last + 1 place, in its sequence of one epoch, of what `step` of that reads."""
+        steps = self.steps
+        return [(step * rows // steps, (step + 1) * rows // steps) for rows in self.partition_rows]
 
     def samples(self, step: int) -> int:
         """Rows that all ranks have read before `step`, counted from the start of the first epoch."""
         epoch, within = divmod(step, self.steps)
-        return epoch * self.rows + sum(self.share(p, within)[0] for p in range(self.num_partitions))
+        return epoch * self.rows + sum(start for start, _ in self.shares(within))
 
     def windows(self, partition: int, epoch: int) -> list[tuple[int, ...]]:
         """The partition's row groups in the order of `epoch`, cut into windows."""

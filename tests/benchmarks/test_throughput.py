@@ -36,9 +36,10 @@ def measured(tmp_path, *words):
 def test_a_loader_beside_bare_decoding(tmp_path, data):
     line = measured(tmp_path, "loader", "--data", data, "--rounds", 1, "--batch-size", 200)
     assert line["rows_per_cpu_second"]["loader"] > 0
-    assert line["share_of_pyarrow"] == pytest.approx(
+    assert line["shares"]["pyarrow"] == pytest.approx(
         line["rows_per_cpu_second"]["loader"] / line["rows_per_cpu_second"]["pyarrow"], rel=0.01
     )
+    assert line["shares"]["pyarrow in 2 threads"] > 0
 
 
 def test_a_step_of_two_processes_and_its_trace(tmp_path, data):
@@ -63,6 +64,7 @@ def test_a_checkpoint(tmp_path, data):
     line = measured(tmp_path, "checkpoint", "--data", data, "--model", "mlp", "--rounds", 1, "--batch-size", 120, *LESS)
     assert line["bytes_by_tensors"] >= 1
     assert line["save_seconds"] > 0
+    assert line["call_by_save"] > 0
 
 
 @pytest.mark.parametrize(
