@@ -380,7 +380,8 @@ def measure(case: Case) -> None:
                     else reader.batches(first_step, first_step + count)
                 )
                 spent[way].take(world, partial(steps, pipeline, batches))
-                if case.judge and quality is None:
+                # What other ranks get of it is None.
+                if case.judge and (number, way) == (0, case.ways[0]):
                     quality = evaluate_split(run, schema, sharded.model, "valid", world)
         if case.profile and world.rank == 0:
             case.profile.parent.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def test_a_step_of_two_processes_and_its_trace(tmp_path, data):
 
 
 def test_epochs_beside_steps_in_memory_and_what_they_learn(tmp_path, data):
-    words = ("--rounds", 1, "--batch-size", 120, "--judge", *LESS, "precision=bf16")
+    words = ("--rounds", 2, "--batch-size", 60, "--workers", 2, "--judge", *LESS, "precision=bf16")
     line = measured(tmp_path, "end-to-end", "--data", data, "--model", "mlp", *words)
     assert set(line["cpu_seconds_per_million_rows"]) == {"parquet", "memory"}
     assert line["auc"]["valid/overall/auc"] > 0.5
