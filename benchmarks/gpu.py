@@ -32,15 +32,12 @@ from throughput import (  # noqa: E402
     add,
     configured,
     fresh,
-    order_of,
     planted_data,
     steps,
+    trainer,
 )
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist  # noqa: E402
 
-from msr_dist.data.loader import Loader  # noqa: E402
-from msr_dist.data.parquet import ParquetSource  # noqa: E402
 from msr_dist.distributed import World, open_world  # noqa: E402
 from msr_dist.run import RunConfig  # noqa: E402
 
@@ -72,24 +69,21 @@ def measure(job: tuple[RunConfig, Path]) -> None:
     run, out = job
     with open_world() as world:
         schema = run.read_schema()
-        sharded = run.build(schema, 0, world)
-        sharded.model.train()
-        source = ParquetSource(run.data / "train", schema)
-        reader = Loader(source, schema, order_of(run, source), world.rank, world.world_size, run.loader)
+        _, pipeline, reader = trainer(run, schema, world)
         kept = [batch.to(world.device) for batch in reader.batches(0, min(IN_MEMORY, reader.order.steps))]
-        pipeline = TrainPipelineSparseDist(sharded.model, sharded.optimizer, world.device, execute_all_batches=True)
         steps(pipeline, map(fresh, kept))
         counter = FlopCounterMode(display=False)
         with counter:
             steps(pipeline, map(fresh, kept))
         seconds = best(world, lambda: steps(pipeline, map(fresh, kept)))
-        looked_up = sum(
-            len(batch.ids[feature.name].values()) * schema.table(feature.table).width
+        # Read forward; backward the gradient is read, which is fp32, and the vector read and written.
+        moved = sum(
+            len(batch.ids[feature.name].values()) * table.width * (4 + 3 * (2 if table.precision == "fp16" else 4))
             for batch in kept
             for feature in schema.features
+            for table in [schema.table(feature.table)]
         )
-        # Read forward; backward the gradient is read, and the vector read and written.
-        moved, operations = 4 * 4 * looked_up, counter.get_total_flops()
+        operations = counter.get_total_flops()
         limits = limits_of(world, torch.bfloat16 if run.precision == "bf16" else torch.float32)
         if world.rank:
             return

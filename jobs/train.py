@@ -8,7 +8,6 @@ Ray's copy of the working directory. A job that was lost is submitted again: it 
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import click
@@ -39,16 +38,16 @@ def main(config: Path, settings: tuple[str, ...], workers: int, restarts: int, m
 
     from msr_dist.config import load
     from msr_dist.evaluate import report_table
-    from msr_dist.ray_metrics import show
+    from msr_dist.ray_metrics import shown
     from msr_dist.run import RunConfig
-    from msr_dist.train import check, fewer_workers, train
+    from msr_dist.train import check, fewer_workers
 
     try:
         run = load(RunConfig, config, settings).absolute()
         check(run, workers)
         fewer = fewer_workers(run, min_workers, workers)
         run = run.claim_folder()
-        launch(partial(train, show=partial(show, run.name)), run, "ray", workers, run.folder, restarts, fewer)
+        launch(shown(run), run, "ray", workers, run.folder, restarts, fewer)
     except Stopped as stopped:
         click.echo(f"train: {stopped}", err=True)
         sys.exit(STATUS)

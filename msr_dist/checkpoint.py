@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from msr_dist.config import Config
 from msr_dist.distributed import World
 from msr_dist.files import PARTIAL, sync, whole
+from msr_dist.machine import free_memory
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ class CheckpointConfig(Config):
     keep: int = Field(default=2, ge=1)
     """How many checkpoints stay; the oldest go first."""
     background: bool | None = None
-    """Write while training goes on, from a copy in main memory, which stops it for a moment only. By default where GPUs
-    train; on CPU the copy would take as much again as the tables."""
+    """Write while training goes on, from a copy in main memory, which stops it for a moment only; without room
+    for that, training waits. By default on GPUs; on CPU the copy would take as much again as the tables."""
 
     def due(self, step: int) -> bool:
         """Whether the end of `step` is to be saved."""
@@ -140,7 +141,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._copies: dict[str, Tensor] = {}
-        self._stage = 0
+        self._stage = -1
 
     def __enter__(self) -> Self:
         return self
@@ -176,14 +177,15 @@ class Checkpoints:
         """
         self.finish()
         target = self._folder / f"stage-{state.stage}-step-{state.step:09d}"
+        if self._background and state.stage != self._stage:
+            self._stage, self._copies = state.stage, {}
+            self._background = self._has_room(tensors)
         if not self._background:
             self._write(tensors, target, state)
             return target
         if self._group is None:
             # Collectives of two threads on one group would meet each other's.
             self._group = dist.new_group(backend="gloo")
-        if state.stage != self._stage:
-            self._stage, self._copies = state.stage, {}
         copies = self._copy(tensors)
         self._writing = self._thread.submit(self._write, copies, target, state)
         return target
@@ -206,6 +208,19 @@ class Checkpoints:
             _commit(partial, target, state)
             self._prune(target)
         dist.barrier(self._group)
+
+    def _has_room(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether the copies of all ranks fit into the main memory of their machines; all ranks together."""
+        parts = (part for tensor in tensors.values() for part in _own_parts(tensor))
+        size = sum(part.numel() * part.element_size() for part in parts) * self._world.local_world_size
+        short = size > free_memory()
+        if short:
+            log.warning(
+                "rank %d: no room for a copy of %.1f GiB in main memory: training waits while checkpoints are written",
+                self._world.rank,
+                size / 2**30,
+            )
+        return self._world.sum(torch.tensor([int(short)])).item() == 0
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`tensors` as they are now, in memory that was used for the checkpoint before."""
@@ -263,7 +278,8 @@ def _empty_like(tensor: Tensor) -> Tensor:
     """A tensor of the same shape and sharding in main memory."""
 
     def empty(part: Tensor) -> Tensor:
-        return torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
+        # Not pinned: torch would take up to twice the memory.
+        return torch.empty_like(part, device="cpu")
 
     def in_main_memory(shard: ShardMetadata) -> ShardMetadata:
         moved = copy.copy(shard)
@@ -277,8 +293,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
         shards = [Shard(empty(shard.tensor), in_main_memory(shard.metadata)) for shard in tensor.local_shards()]
         group: Any = tensor._process_group
         return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=group)
-    if isinstance(tensor, DTensor):
-        return tensor.detach().clone().cpu()
+    assert not isinstance(tensor, DTensor)
     return empty(tensor.detach())
 
 

@@ -172,7 +172,7 @@ def train(
     set_threads(workers)
     from msr_dist.config import dump, load
     from msr_dist.distributed import is_first
-    from msr_dist.ray_metrics import show
+    from msr_dist.ray_metrics import shown
     from msr_dist.run import RunConfig
     from msr_dist.train import check, fewer_workers
     from msr_dist.train import train as train_run
@@ -187,8 +187,7 @@ def train(
         return
     if is_first():
         run = run.claim_folder()
-    shown = partial(train_run, show=partial(show, run.name)) if launcher == "ray" else train_run
-    _everywhere(shown, run, launcher, workers, restarts, fewer)
+    _everywhere(shown(run) if launcher == "ray" else train_run, run, launcher, workers, restarts, fewer)
     if is_first():
         _show(run, run.evaluation.final, config)
 

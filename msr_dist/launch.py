@@ -103,6 +103,12 @@ def launch(
         (folder / stopping.LAST_WORDS).unlink(missing_ok=True)
         try:
             attempt(call)
+        except Stopped:
+            if (refusal := call.noted(_REFUSED)) is not None:
+                raise ValueError(refusal) from None
+            if (stopped := call.noted(_STOPPED)) is not None:
+                raise Stopped(stopped) from None
+            raise
         except _WorkersLostError as lost:
             if (refusal := call.noted(_REFUSED)) is not None:
                 raise ValueError(refusal) from None
@@ -312,6 +318,9 @@ class _Ray:
                     if not grows and there_is_room is not None and there_is_room(0):
                         grows = True
                         log.info("the cluster has room for more than %d workers: they shall stop, and go on", workers)
+                    if stopping.asked() and there_is_room is None:
+                        # Nothing has begun that would have to be saved.
+                        raise Stopped(_KILLED)
                     if (grows or stopping.asked()) and not told:
                         told = True
                         internal_kv._internal_kv_put(name, b"", namespace=_WISHES)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import psutil
 import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
@@ -42,6 +41,7 @@ from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCo
 
 from msr_dist.config import Config, load
 from msr_dist.distributed import World
+from msr_dist.machine import main_memory
 from msr_dist.optim import SparseOptimizer
 from msr_dist.vocabulary import WAYS, BagsSharder, vocabulary_tables
 
@@ -49,6 +49,10 @@ ShardingKind = Literal["table_wise", "row_wise", "table_row_wise", "column_wise"
 
 GPU_MARGIN = 0.15
 """Share of a GPU's memory that stays free: CUDA's context, NCCL's buffers, and gaps between what is allocated."""
+
+_GLOO = 1e6
+"""Bytes per millisecond between processes without GPUs, about: TorchRec would take NVLink for granted, and then sums of
+row-wise tables, which are more bytes, look as cheap as whole vectors."""
 
 _FUSED = EmbeddingComputeKernel.FUSED.value
 _CACHED = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
@@ -152,7 +156,7 @@ class Capacity:
     @classmethod
     def here(cls, world: World) -> "Capacity":
         """What machines like this one have: all main memory on CPU, all but a margin of the GPU's."""
-        main = psutil.virtual_memory().total // world.local_world_size
+        main = main_memory() // world.local_world_size
         if world.device.type == "cpu":
             return cls(main)
         return cls(main, int((1 - GPU_MARGIN) * torch.cuda.get_device_properties(world.device).total_memory))
@@ -317,6 +321,7 @@ def _planner(
         local_world_size=world.local_world_size,
         hbm_cap=capacity.gpu,
         ddr_cap=capacity.main,
+        **(dict.fromkeys(("intra_host_bw", "inter_host_bw"), _GLOO) if world.device.type == "cpu" else {}),
     )
     sizes = _Sizes(sparse, fixed, _vocabulary_bytes(module))
     constraints = {name: _constraints(layout, tables[name], config, world, lengths) for name, layout in layouts.items()}
@@ -572,9 +577,10 @@ def _only_where_cached(options: list[ShardingOption]) -> list[ShardingOption]:
 
 
 def _does_not_fit(module: nn.Module, world: World, capacity: Capacity, error: PlannerError) -> DoesNotFitError:
-    gib = sum(table.num_embeddings * table.embedding_dim * 4 for table in module_tables(module).values()) / 2**30
+    tables = module_tables(module).values()
+    size = sum(t.num_embeddings * t.embedding_dim * (2 if t.data_type == DataType.FP16 else 4) for t in tables)
     return DoesNotFitError(
-        f"parallel: no layout fits: {gib:.2f} GiB of fp32 tables, without optimizer state, on {world.world_size} "
+        f"parallel: no layout fits: {size / 2**30:.2f} GiB of tables, without optimizer state, on {world.world_size} "
         f"ranks with {(capacity.gpu or capacity.main) / 2**30:.2f} GiB each; allow more kinds of "
         f"sharding, use more ranks, or make tables narrower ({' '.join(str(error).split())[:300]})"
     )

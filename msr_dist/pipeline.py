@@ -24,8 +24,9 @@ from msr_dist.extract import ExtractConfig, extract
 from msr_dist.files import write_whole
 from msr_dist.launch import connect, launch, log_to_stderr, set_threads
 from msr_dist.models.base import ModelConfig
+from msr_dist.ray_metrics import shown
 from msr_dist.run import CHECKPOINTS, RunConfig
-from msr_dist.train import check, train
+from msr_dist.train import check
 from msr_dist.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def pipeline(config: PipelineConfig, workers: int, restarts: int = 3) -> RunConf
     if record.judged(run.evaluation.final):
         log.info("train: done before, in %s", run.folder)
     else:
-        launch(train, run, "ray", workers, run.folder, restarts)
+        launch(shown(run), run, "ray", workers, run.folder, restarts)
         record.add(run.evaluation.final)
     for split in config.evaluate:
         if not record.judged(split):

@@ -164,6 +164,15 @@ class Plan:
         return sum(shard.weights + shard.state for shard in mine) + self.shared.parameters + self.shared.optimizer
 
     @property
+    def has_room(self) -> bool:
+        """Whether all that ranks need, with the copy for checkpoints, is within the memory that is known."""
+        machines = self.machines
+        enough = sum(self.rank_bytes(self.fullest).values()) <= machines.usable
+        if machines.device == "cuda" and machines.memory:
+            enough = enough and max(map(self.main_bytes, range(machines.ranks))) <= machines.memory
+        return enough
+
+    @property
     def fullest(self) -> int:
         """The rank that needs most."""
         return max(range(self.machines.ranks), key=lambda rank: sum(self.rank_bytes(rank).values()))
@@ -276,15 +285,13 @@ class Planner:
             raise ValueError("parallel.cache: cached tables stand in main memory: give that of a rank, --memory SIZE")
         copied = self._run.checkpoint.in_background(machines.device)
         left, main, fits = machines.usable - shared.total, machines.memory, True
-        if machines.device == "cpu" and copied:
-            # Tables and state stand there twice.
-            left = (left - shared.parameters - shared.optimizer) // 2
         while left < _MOST:
             capacity = Capacity(main, left) if machines.device == "cuda" else Capacity(left)
             try:
                 if left > 0:
                     found = self._run.estimate(self._schema, self._stage, world, capacity, self._lengths)
-                    return Plan(machines, self._schema, found, shared, fits, copied)
+                    plan = Plan(machines, self._schema, found, shared, fits, copied)
+                    return replace(plan, fits=fits and plan.has_room)
             except DoesNotFitError:
                 pass
             left, main, fits = int(max(left, _LEAST) * _MORE), int(main * _MORE), False
@@ -306,7 +313,11 @@ class Planner:
             elif not machines.possible or least // ranks + self._shared(machines).total > machines.usable:
                 continue
             else:
-                tried = self.plan(machines)
+                try:
+                    tried = self.plan(machines)
+                except ValueError:
+                    # Tables whose ranks are given, or whose rows have to divide, are for other numbers.
+                    continue
             if tried.fits:
                 return tried
         return None

@@ -1,12 +1,15 @@
 """What a run on Ray shows to Prometheus, which reads it from Ray's own metrics ports.
 
-All gauges have the tags `run` and `stage`; those of a rank's own work have `rank` as well.
+All gauges have the tags `run`, `stage` and `rank`; rank 0 says what holds for all ranks.
 """
 
 import re
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any
+
+from msr_dist.run import RunConfig
+from msr_dist.train import train
 
 GAUGES = {
     "loss": "Training loss, mean over the steps since the last value",
@@ -20,6 +23,11 @@ GAUGES = {
 
 _SCENARIO_AUC = re.compile(r"valid/(?P<scenario>[^/]+)/auc")
 _TABLE = re.compile(r"tables/(?P<table>.+)/(?P<name>\w+)")
+
+
+def shown(run: RunConfig) -> Callable[[RunConfig], None]:
+    """Training that shows itself, for Ray's workers."""
+    return partial(train, show=partial(show, run.name))
 
 
 def show(run: str, stage: str, rank: int, values: Mapping[str, float]) -> None:

@@ -117,6 +117,13 @@ class EmbeddingsConfig(TableOverride):
             rows = self._table(table).rows
             if table.is_open and rows % WAYS:
                 raise ValueError(f"embeddings.tables.{table.name}.rows: {rows} is no multiple of {WAYS}; round it")
+            own = self.tables.get(table.name, TableOverride())
+            counts = [key for key in ("min_count", "half_life") if getattr(own, key) is not None]
+            if table.is_open and counts and self.vocabulary(table).collisions == "shared":
+                raise ValueError(
+                    f"embeddings.tables.{table.name}.{counts[0]}: collisions 'shared' counts nothing; leave it out, or "
+                    "choose 'managed' for that table"
+                )
 
     def _table(self, table: Table) -> Table:
         names = {"width", "precision", "per_scenario"} | ({"rows"} if table.is_open else set())

@@ -80,10 +80,19 @@ class JobServer:
                     show(text[shown - place :])
                     shown = place
 
-        while not (info := self._info(submission)).status.is_terminal():
-            # A connection may break; the job does not, and is asked for again.
-            with suppress(ClientError, OSError, RuntimeError):
-                asyncio.run(tail())
+        heard = time.monotonic()
+        while True:
+            # A connection may break, as a forwarded port's does; the job does not, and is asked for again.
+            try:
+                info = self._info(submission)
+                heard = time.monotonic()
+                if info.status.is_terminal():
+                    break
+                with suppress(ClientError, OSError, RuntimeError):
+                    asyncio.run(tail())
+            except ValueError:
+                if time.monotonic() - heard > _PATIENCE:
+                    raise
             time.sleep(_LOOK)
         with self._told():
             show(self._client.get_job_logs(submission)[shown:])

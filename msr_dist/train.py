@@ -32,7 +32,7 @@ from msr_dist.retrieval import coverage, stage_rows, views_apart
 from msr_dist.run import CHECKPOINTS, CONFIG_FILE, PLAN_FILE, RunConfig, say_untaught
 from msr_dist.schema import FeatureSchema
 from msr_dist.tracking import Load, Tracker, open_tracker
-from msr_dist.vocabulary import usage
+from msr_dist.vocabulary import WAYS, usage
 from msr_dist.watch import watching
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,8 @@ def train(
                     _keep_plan(session, sharded)
                     state = _restore(session, sharded, found, index)
                     found = _train_stage(session, sharded, state) or found
+                if Vote().passed(stopping.asked(), now=True):
+                    raise stopping.Stopped("stopped before the last evaluation; the same command goes on with it")
             split = run.evaluation.final
             report = judge(run, schema, sharded.model, split, world)
             if report is not None:
@@ -129,9 +131,22 @@ def fewer_workers(run: RunConfig, least: int | None, workers: int) -> tuple[int,
         return ()
     if least > workers:
         raise ValueError(f"--min-workers {least} is more than --workers {workers}: give at most as many")
-    if run.parallel.plan is not None:
-        raise ValueError("parallel.plan is for one number of workers: leave it out, or --min-workers")
-    return tuple(size for size in range(least, workers) if run.loader.partitions % size == 0)
+    fixed = [f"tables.{name}.ranks" for name, table in run.parallel.tables.items() if table.ranks is not None]
+    if run.parallel.plan is not None or fixed:
+        named = fixed[0] if fixed else "plan"
+        raise ValueError(f"parallel.{named} is for one number of workers: leave it out, or --min-workers")
+    opened = [table.rows for table in run.read_schema().tables if table.is_open]
+    sizes = [
+        size
+        for size in range(least, workers)
+        if run.loader.partitions % size == 0 and not any(rows % (WAYS * size) for rows in opened)
+    ]
+    if least < workers and not sizes:
+        raise ValueError(
+            f"--min-workers {least}: no number from {least} to {workers - 1} divides loader.partitions = "
+            f"{run.loader.partitions}{' and rows of open tables' if opened else ''}; give a smaller one"
+        )
+    return tuple(sizes)
 
 
 def _feed(run: RunConfig, schema: FeatureSchema, index: int, world: World) -> Feed:
@@ -210,8 +225,8 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
         stops = vote.passed(stopping.asked(), now=state.step == steps)
         saves = epoch_ends or stops or run.checkpoint.due(state.step)
         guard.add(state.step, predictions, look=saves)
-        # A few strange rows may pass, but nothing is saved while they do.
-        saves = saves and not (guard.doubts and not epoch_ends and not stops)
+        # A few strange rows may pass, but nothing is saved while they do, unless nothing comes after.
+        saves = saves and not (guard.doubts and state.step < steps)
         if saves:
             guard.require_sound(state.step, sharded.tensors())
         if saves or state.step % run.log_every == 0:
@@ -251,10 +266,10 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
         if stops:
             session.checkpoints.finish()
             progress.close()
-            raise stopping.Stopped(
-                f"stopped after step {state.step} of {steps} of stage {stage.name}, which is saved: "
-                "the same command goes on from there"
-            )
+            saved = "is saved: the same command goes on from there"
+            if not saves:
+                saved = "is not saved, for its loss is far too large: the same command goes on from the save before"
+            raise stopping.Stopped(f"stopped after step {state.step} of {steps} of stage {stage.name}, which {saved}")
     session.checkpoints.finish()
     progress.close()
     # The pipeline has replaced the lookup's forward by one that waits for batches of the pipeline's own.

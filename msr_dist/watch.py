@@ -60,13 +60,24 @@ class _Watch:
 
     def run(self) -> None:
         """Look now and then, until the end."""
+        told = False
+        while True:
+            try:
+                self._look()
+            except (OSError, ValueError) as error:
+                # A network file system may fail for a moment; what it is to find out may come later.
+                if not told:
+                    log.warning("rank %d: the watch for hung ranks could not look: %s", self._world.rank, error)
+                told = True
+            if self._ended.wait(self._every):
+                return
+
+    def _look(self) -> None:
         self._beat()
-        while not self._ended.wait(self._every):
-            self._beat()
-            if (newest := position()) != self._seen:
-                self._seen, self._since = newest, time.monotonic()
-            elif time.monotonic() - self._since > self._stalled_after:
-                self._leave_if_hung()
+        if (newest := position()) != self._seen:
+            self._seen, self._since = newest, time.monotonic()
+        elif time.monotonic() - self._since > self._stalled_after:
+            self._leave_if_hung()
 
     def _leave_if_hung(self) -> None:
         stacks = self._folder / STACKS / f"rank-{self._world.rank}.txt"
@@ -120,6 +131,9 @@ def _blame(beats: dict[int, dict[str, object]], silent: list[int], world_size: i
     if silent:
         return f"no sign of life from {places(silent)}"
     at = {rank: Position(str(beat["at"]), int(str(beat["done"]))) for rank, beat in beats.items()}
+    if len({place.what for place in at.values()}) > 1:
+        # Which of two works comes first, counts do not say.
+        return f"ranks are at different works: {places(sorted(at))}"
     least = min(place.done for place in at.values())
     behind = [rank for rank, place in at.items() if place.done == least]
     if len(set(at.values())) > 1 and len(behind) < world_size:

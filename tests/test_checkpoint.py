@@ -188,3 +188,11 @@ def test_the_context_waits_for_what_is_being_written(tmp_path, world):
 )
 def test_where_it_is_written_in_the_background(background, device, expected):
     assert CheckpointConfig(background=background).in_background(device) is expected
+
+
+def test_without_room_for_a_copy_training_waits(tmp_path, world, caplog, monkeypatch):
+    monkeypatch.setattr("msr_dist.checkpoint.free_memory", lambda: 10)
+    with Checkpoints(tmp_path, CheckpointConfig(background=True), world) as checkpoints:
+        checkpoints.save(tensors(1), TrainState(step=1))
+        assert newest(tmp_path).state.step == 1
+    assert "rank 0: no room for a copy of 0.0 GiB in main memory" in caplog.text

@@ -188,6 +188,14 @@ def test_billions_of_rows_on_many_gpus_need_no_memory_here(tmp_path, data):
     assert less.rank_bytes(0)["tables"] == pytest.approx(10e9 * 64 * 4 / 16, rel=0.01)
 
 
+def test_ranks_that_are_given_are_no_plan_for_fewer(tmp_path, data):
+    users = {"sharding": ["row_wise"], "ranks": [0, 1]}
+    known = planner(run_config(tmp_path, data, parallel={"tables": {"users": users}}))
+    plan = known.plan(CPUS)
+    assert plan.fits
+    assert known.fewest(plan).machines.ranks == 2
+
+
 def test_ranks_that_cannot_be(tmp_path, data):
     run = run_config(tmp_path, data, loader={"partitions": 48})
     with pytest.raises(ValueError, match=r"5 ranks do not divide loader.partitions = 48: .* loader.partitions=240"):
@@ -220,6 +228,9 @@ def test_gpu_tables_go_to_main_memory_where_asked_or_where_they_must(tmp_path, d
     assert 0.2 * 3.2e9 < must.rank_bytes(0)["buffers"] < 2 * GIB
     small = planner(run_config(tmp_path, data, parallel={"cache": 0.2}), rows).plan(replace(one, memory=GIB))
     assert not small.fits
+    # 3.6 GB of cached tables and their state, and as much again to write checkpoints from.
+    full = planner(run_config(tmp_path, data, parallel={"cache": 0.2}), rows).plan(replace(one, memory=6 * GIB))
+    assert not full.fits
 
 
 def test_on_cpu_a_copy_for_checkpoints_is_foreseen(tmp_path, data):

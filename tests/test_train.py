@@ -14,7 +14,12 @@ import pytest
 
 import canonical
 import command
+import vocabularies
+from msr_dist.config import load
+from msr_dist.layout import TableSharding
+from msr_dist.run import RunConfig
 from msr_dist.schema import FeatureSchema, Scenario
+from msr_dist.train import fewer_workers
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 
@@ -303,3 +308,24 @@ def test_a_scenario_without_training_rows_is_told_once(tmp_path):
     report = json.loads((tmp_path / "runs/run/metrics.json").read_text())
     assert report["scenarios"]["abroad"]["rows"] == table.num_rows
     assert report["scenarios"]["abroad"]["auc"] > 0.5
+
+
+def test_fewer_workers_are_those_that_the_run_can_go_on_with(tmp_path, data):
+    run = load(RunConfig, command.write_config(tmp_path, data, loader={"batch_size": 120, "partitions": 12}))
+    assert fewer_workers(run, None, 8) == ()
+    assert fewer_workers(run, 2, 8) == (2, 3, 4, 6)
+    with pytest.raises(ValueError, match="--min-workers 9 is more than --workers 8"):
+        fewer_workers(run, 9, 8)
+    with pytest.raises(ValueError, match=r"--min-workers 7: no number from 7 to 7 divides loader.partitions = 12"):
+        fewer_workers(run, 7, 8)
+    given = run.parallel.model_copy(update={"tables": {"users": TableSharding(sharding=("table_wise",), ranks=(5,))}})
+    with pytest.raises(ValueError, match=r"parallel.tables.users.ranks is for one number of workers"):
+        fewer_workers(run.model_copy(update={"parallel": given}), 2, 8)
+
+
+def test_open_tables_need_rows_for_every_number_of_workers(tmp_path):
+    vocabularies.schema(rows=32 * 4).save(tmp_path)
+    run = load(RunConfig, command.write_config(tmp_path, tmp_path, loader={"batch_size": 120, "partitions": 12}))
+    assert fewer_workers(run, 1, 6) == (1, 2, 4)
+    with pytest.raises(ValueError, match=r"no number from 3 to 3 divides loader.partitions = 12 and rows of open"):
+        fewer_workers(run, 3, 4)

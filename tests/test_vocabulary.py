@@ -328,6 +328,9 @@ def test_settings_that_do_not_go_with_it(config, says):
 def test_plain_hashing_counts_nothing():
     with pytest.raises(ValueError, match="min_count: collisions 'shared' counts nothing; leave it out"):
         TableOverride(collisions="shared", min_count=3)
+    config = EmbeddingsConfig(collisions="shared", tables={"users": TableOverride(min_count=3)})
+    with pytest.raises(ValueError, match=r"embeddings.tables.users.min_count: collisions 'shared' counts nothing"):
+        config.apply(vocabularies.schema(rows=64))
 
 
 def test_settings_of_open_vocabularies_where_there_is_none():

@@ -3,6 +3,7 @@
 import re
 import signal
 import subprocess
+import threading
 import time
 
 import psutil
@@ -10,6 +11,9 @@ import pytest
 
 import canonical
 import command
+from msr_dist.distributed import World
+from msr_dist.watch import _blame as blame
+from msr_dist.watch import _Watch as Watch
 
 
 def last_beat(folder):
@@ -46,3 +50,42 @@ def test_a_rank_that_stops_is_named_and_replaced(tmp_path):
     assert "in _train_stage" in (folder / "stacks/rank-0.txt").read_text()
     assert not psutil.pid_exists(stopped.pid)
     assert list(command.losses(folder)) == list(range(1, 401))
+
+
+def beat(what: str, done: int, pid: int = 1) -> dict:
+    return {"at": what, "done": done, "pid": pid, "host": "here"}
+
+
+@pytest.mark.parametrize(
+    ("beats", "silent", "says"),
+    [
+        ([beat("train: step", 9), beat("train: step", 8)], [], "the others wait for rank 1 (train: step 8"),
+        ([beat("train: step", 9), beat("train: step", 9)], [], "no rank gets beyond rank 0 (train: step 9"),
+        # A rank that evaluates may be further than one that trains, whatever it counts.
+        (
+            [beat("train: step", 9), beat("evaluate: step", 0)],
+            [],
+            "ranks are at different works: rank 0 (train",
+        ),
+        ([beat("train: step", 9), beat("train: step", 8)], [0], "no sign of life from rank 0 (train: step 9"),
+    ],
+)
+def test_who_is_to_blame(beats, silent, says):
+    assert blame(dict(enumerate(beats)), silent, 2).startswith(says)
+
+
+def test_a_watch_that_cannot_look_goes_on(tmp_path, caplog):
+    world, ended = World.imagined(1), threading.Event()
+    watch = Watch(20.0, tmp_path / "run", world, ended)
+    thread = threading.Thread(target=watch.run)
+    thread.start()
+    begun = time.monotonic()
+    while "could not look" not in caplog.text:
+        assert time.monotonic() - begun < 15
+        time.sleep(0.01)
+    (tmp_path / "run/heartbeats").mkdir(parents=True)
+    while not (tmp_path / "run/heartbeats/rank-0.json").exists():
+        assert time.monotonic() - begun < 15
+        time.sleep(0.01)
+    ended.set()
+    thread.join()

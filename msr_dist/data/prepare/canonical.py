@@ -42,7 +42,7 @@ class PrepareConfig(Kinded, ABC):
     """A feature with the user's last positive items; absent unless the section is there."""
     min_count: int = Field(default=1, ge=1)
     """Ids with fewer training rows share the reserved row 0, in tables whose vocabulary is not open."""
-    open_tables: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    open_tables: dict[str, Annotated[int, Field(ge=32, multiple_of=32)]] | None = None
     """Tables with an open vocabulary, and the rows that schema.toml proposes for each, a multiple of 32: their ids are
     not listed but hashed, those of all splits alike, and training decides which of them have rows."""
     width: int = Field(default=16, ge=4, multiple_of=4)
