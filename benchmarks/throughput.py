@@ -6,12 +6,14 @@ python benchmarks/throughput.py step --model mmoe-small --workers 1 --workers 2
 python benchmarks/throughput.py end-to-end --data data/workload --model mmoe-full --workers 2 precision=bf16
 python benchmarks/throughput.py plain --data data/workload --model mmoe-small
 python benchmarks/throughput.py checkpoint --model mlp --times 10
+python benchmarks/throughput.py lookup --rows 1_000_000 --rows 50_000_000 --precision fp16
 
 The unit is CPU-seconds per million rows, of all processes and threads together, each process with one thread for
 computing: other work on the machine hardly changes it. What happens before the loop is not part of it. Ways alternate
 within one run; figures are medians over rounds.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -23,14 +25,15 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import click
 
@@ -47,6 +50,7 @@ import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
 from quality_grid import commit_of_code  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.nn.functional import embedding_bag  # noqa: E402
 from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
 
@@ -63,6 +67,7 @@ from msr_dist.evaluate import evaluate_split  # noqa: E402
 from msr_dist.metrics import ScenarioMetrics  # noqa: E402
 from msr_dist.models.base import Inputs  # noqa: E402
 from msr_dist.parallel import Sharded  # noqa: E402
+from msr_dist.recommender import PRECISIONS  # noqa: E402
 from msr_dist.run import RunConfig  # noqa: E402
 from msr_dist.schema import Feature, FeatureSchema, Label, Scenario, Table  # noqa: E402
 
@@ -84,8 +89,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "pepnet-full": {"kind": "pepnet", "widths": [512, 256, 256, 128, 64], "gate_width": 128},
 }
 
+SMALL_TABLES = (100_000, 50_000, 10_000, 5_000, 1_000, 500, 100, 50, 20)
+"""Rows of the tables beside users' and items' where lookups are measured, which are as large as is asked for."""
+COPIED_BYTES = 1 << 28
+"""Of a tensor that no cache holds."""
+
 Way = Literal["memory", "parquet"]
 _PATH = click.Path(path_type=Path)
+_More = ParamSpec("_More")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -93,24 +104,50 @@ def main() -> None:
     """Measure reading and training. Every command adds a line of JSON per case to benchmarks/results/throughput."""
 
 
-def _shared(*, trains: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Options of the commands; those that train take settings of a run besides."""
+@dataclass(frozen=True)
+class Given:
+    """What commands have in common; `_shared` says which of it a command takes from its words."""
+
+    batch_size: int
+    rounds: int
+    results: Path
+    data: Path | None = None
+    models: Sequence[str] = ()
+    settings: Sequence[str] = ()
+
+    def run(self, model: str, workers: int = 1) -> RunConfig:
+        """The run to measure."""
+        return configured(self.data or planted_data(), MODELS[model], self.batch_size * workers, self.settings)
+
+
+_Command = Callable[Concatenate[Given, _More], None]
+
+
+def _shared(*, reads: bool = True, trains: bool = False) -> Callable[[_Command[_More]], Callable[..., None]]:
+    """Options of a command, which gets them as its first argument: of those that read data, and of those that train."""
     options = [
-        click.option("--data", type=_PATH, help="A prepared folder; without it, planted data are made in data/."),
         click.option("--batch-size", type=click.IntRange(1), default=8192, show_default=True, help="Of a process."),
         click.option("--rounds", type=click.IntRange(1), default=3, show_default=True),
         click.option("--results", type=_PATH, default=RESULTS, help="The folder of results."),
     ]
+    if reads:
+        options += [click.option("--data", type=_PATH, help="A prepared folder; by default, planted data in data/.")]
     if trains:
         options += [
             click.option("--model", "models", type=click.Choice(list(MODELS)), multiple=True, default=["mmoe-small"]),
             click.argument("settings", nargs=-1, metavar="[KEY=VALUE]..."),
         ]
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: _Command[_More]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def taking(**words: Any) -> None:
+            common = {field.name: words.pop(field.name) for field in fields(Given) if field.name in words}
+            command(Given(**common), **words)  # type: ignore[call-arg]
+
+        decorated: Callable[..., None] = taking
         for option in reversed(options):
-            command = option(command)
-        return command
+            decorated = option(decorated)
+        return decorated
 
     return decorate
 
@@ -120,14 +157,14 @@ _profile = click.option("--profile", type=_PATH, help="Also write rank 0's trace
 
 
 @main.command()
-@_shared(trains=False)
+@_shared()
 @click.option("--wide", is_flag=True, help=f"{WIDE_IDS} ids and {WIDE_LISTS} lists of mean length {WIDE_MEAN}.")
 @click.option("--workers", type=click.IntRange(1), default=1, help="Of whose batches the first one's are made.")
-def loader(data: Path | None, batch_size: int, rounds: int, results: Path, wide: bool, workers: int) -> None:
+def loader(given: Given, wide: bool, workers: int) -> None:
     """Rows per CPU-second of the loader alone, and of pyarrow that only decodes the same columns."""
-    folder = data or (wide_data() if wide else planted_data())
+    folder = given.data or (wide_data() if wide else planted_data())
     schema = FeatureSchema.read(folder)
-    run = configured(folder, MODELS["mlp"], batch_size * workers, [])
+    run = configured(folder, MODELS["mlp"], given.batch_size * workers, [])
     source = ParquetSource(folder / "train", schema)
     order = order_of(run, source)
     ways: dict[str, Callable[[], None]] = {
@@ -139,7 +176,7 @@ def loader(data: Path | None, batch_size: int, rounds: int, results: Path, wide:
         ),
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
+    for _ in range(given.rounds + 1):
         for name, way in ways.items():
             start = time.process_time()
             way()
@@ -149,8 +186,8 @@ def loader(data: Path | None, batch_size: int, rounds: int, results: Path, wide:
         "measured": "loader",
         "data": folder.name,
         "columns": len(source.columns),
-        "batch_size": batch_size,
-        "rounds": rounds,
+        "batch_size": given.batch_size,
+        "rounds": given.rounds,
         "rows_per_cpu_second": {name: round(speed) for name, speed in medians.items()},
         "shares": {
             name: round(statistics.median(map(_ratio, speeds["loader"][1:], each[1:])), 3)
@@ -158,7 +195,7 @@ def loader(data: Path | None, batch_size: int, rounds: int, results: Path, wide:
             if name != "loader"
         },
     }
-    add(results, line)
+    add(given.results, line)
 
 
 def read_all(loaders: Iterator[Iterator[ScenarioBatch]]) -> None:
@@ -189,23 +226,11 @@ def decode(source: ParquetSource, threads: int) -> None:
 @click.option(
     "--times", type=click.IntRange(1), multiple=True, default=[1], help="Tables with so many times the rows; repeats."
 )
-def step(
-    data: Path | None,
-    batch_size: int,
-    rounds: int,
-    results: Path,
-    models: Sequence[str],
-    settings: tuple[str, ...],
-    workers: Sequence[int],
-    profile: Path | None,
-    steps: int,
-    times: Sequence[int],
-) -> None:
+def step(given: Given, workers: Sequence[int], profile: Path | None, steps: int, times: Sequence[int]) -> None:
     """A training step on batches that are in memory."""
-    for model, count, factor in itertools.product(models, workers, times):
-        run = configured(data or planted_data(), MODELS[model], batch_size * count, settings)
-        case = Case(run, ("memory",), rounds, steps, factor, profile=profile)
-        add(results, {"measured": "step", "model": model, **trained(case, count)})
+    for model, count, factor in itertools.product(given.models, workers, times):
+        case = Case(given.run(model, count), ("memory",), given.rounds, steps, factor, profile=profile)
+        add(given.results, {"measured": "step", "model": model, **apart(measure, case, count)})
 
 
 @main.command()
@@ -213,56 +238,34 @@ def step(
 @_workers
 @_profile
 @click.option("--judge", is_flag=True, help="Also the AUC of the valid split after the first epoch.")
-def end_to_end(
-    data: Path | None,
-    batch_size: int,
-    rounds: int,
-    results: Path,
-    models: Sequence[str],
-    settings: tuple[str, ...],
-    workers: Sequence[int],
-    profile: Path | None,
-    judge: bool,
-) -> None:
+def end_to_end(given: Given, workers: Sequence[int], profile: Path | None, judge: bool) -> None:
     """Epochs over parquet files, and as many steps on batches that are in memory."""
-    for model, count in itertools.product(models, workers):
-        run = configured(data or planted_data(), MODELS[model], batch_size * count, settings)
-        case = Case(run, ("parquet", "memory"), rounds, judge=judge, profile=profile)
-        add(results, {"measured": "end-to-end", "model": model, **trained(case, count)})
+    for model, count in itertools.product(given.models, workers):
+        case = Case(given.run(model, count), ("parquet", "memory"), given.rounds, judge=judge, profile=profile)
+        add(given.results, {"measured": "end-to-end", "model": model, **apart(measure, case, count)})
 
 
 @main.command()
 @_shared(trains=True)
-def plain(
-    data: Path | None, batch_size: int, rounds: int, results: Path, models: Sequence[str], settings: tuple[str, ...]
-) -> None:
+def plain(given: Given) -> None:
     """The yardstick: the same model and data as an ordinary PyTorch trainer, in one process with one loading worker."""
-    for model in models:
-        run = configured(data or planted_data(), MODELS[model], batch_size, settings)
-        add(results, {"measured": "plain", "model": model, **plainly(run, rounds)})
+    for model in given.models:
+        add(given.results, {"measured": "plain", "model": model, **plainly(given.run(model), given.rounds)})
 
 
 @main.command()
 @_shared(trains=True)
 @click.option("--times", type=click.IntRange(1), default=1, help="Tables with so many times the rows.")
-def checkpoint(
-    data: Path | None,
-    batch_size: int,
-    rounds: int,
-    results: Path,
-    models: Sequence[str],
-    settings: tuple[str, ...],
-    times: int,
-) -> None:
+def checkpoint(given: Given, times: int) -> None:
     """Seconds to save and to restore, how long training stands still for it, and bytes on disk by those of the tensors.
 
     Training stands still for the time by which steps take longer with a checkpoint that is written in the background.
     """
-    for model in models:
-        run = configured(data or planted_data(), MODELS[model], batch_size, settings)
+    for model in given.models:
+        run = given.run(model)
         with open_world() as world, tempfile.TemporaryDirectory() as folder:
-            figures = saved(run, scaled(run.read_schema(), times), times, world, rounds, Path(folder))
-        add(results, {"measured": "checkpoint", "model": model, "rounds": rounds, **figures})
+            figures = saved(run, scaled(run.read_schema(), times), times, world, given.rounds, Path(folder))
+        add(given.results, {"measured": "checkpoint", "model": model, "rounds": given.rounds, **figures})
 
 
 def saved(run: RunConfig, schema: FeatureSchema, times: int, world: World, rounds: int, folder: Path) -> dict[str, Any]:
@@ -305,7 +308,7 @@ def saved(run: RunConfig, schema: FeatureSchema, times: int, world: World, round
     return {
         "table_rows": sum(table.rows for table in schema.tables),
         "bytes": round(on_disk),
-        "bytes_by_tensors": round(on_disk / tensor_bytes(sharded), 4),
+        "bytes_by_tensors": round(on_disk / tensor_bytes(sharded.tensors().values()), 4),
         "save_seconds": round(median["save"], 3),
         "restore_seconds": round(median["restore"], 3),
         "call_by_save": round(statistics.median(map(_ratio, seconds["call"][1:], seconds["save"][1:])), 3),
@@ -313,10 +316,138 @@ def saved(run: RunConfig, schema: FeatureSchema, times: int, world: World, round
     }
 
 
-def tensor_bytes(sharded: Sharded) -> int:
-    """Bytes of everything that a checkpoint holds, in a world of one process."""
-    parts = [getattr(tensor, "local_tensor", lambda t=tensor: t)() for tensor in sharded.tensors().values()]
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors as a checkpoint holds them, in a world of one process."""
+    parts = [getattr(tensor, "local_tensor", lambda t=tensor: t)() for tensor in tensors]
     return sum(part.numel() * part.element_size() for part in parts)
+
+
+@main.command()
+@_shared(reads=False)
+@click.option("--rows", type=click.IntRange(1), multiple=True, default=[1_000_000], help="Of two tables; repeats.")
+@click.option("--width", type=int, default=16, show_default=True, help="Numbers in a row of a table.")
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Of each round.")
+def lookup(given: Given, rows: Sequence[int], width: int, precision: str, steps: int) -> None:
+    """Tables alone: 11 single-valued features, uniform ids, all that is between ids and vectors in one process.
+
+    Forward is lookup and pooling, backward the fused optimizer. Bytes are those of tables: forward, each looked-up row
+    is read; backward, each distinct one and its optimizer state are read and written. The limits: the same rows of the
+    same tables through torch's own embedding_bag, and a copy of a large tensor, whose bytes are read and written.
+    """
+    for count in rows:
+        settings = [f"embeddings.width={width}", f"embeddings.precision={precision}"]
+        case = Lookups(configured(DATA, MODELS["mlp"], given.batch_size, settings), count, given.rounds, steps)
+        add(given.results, {"measured": "lookup", **apart(look_up, case, 1)})
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """What the process of a measurement of lookups does."""
+
+    run: RunConfig
+    rows: int
+    rounds: int
+    steps: int
+    """Of each round."""
+    out: Path = Path()
+
+
+def look_up(case: Lookups) -> None:
+    """Look rows up and update them for the rounds of `case`."""
+    silence()
+    with open_world() as world:
+        schema = case.run.read_schema(uniform_schema(case.rows))
+        sharded = case.run.build(schema, 0, world)
+        collection, size = sharded.model.module.embeddings, case.run.loader.batch_size
+        table_rows = sum(table.rows for table in schema.tables)
+        weights = {table: weight for table, weight, _, _ in sharded.table_shards()}
+        states = tuple(f"optimizer/{parameter}/" for parameter in sharded.tables)
+        # Bytes of a row, the same in all tables, and of the optimizer's state of it.
+        row = tensor_bytes(weights.values()) / table_rows
+        state = tensor_bytes(x for name, x in sharded.tensors().items() if name.startswith(states)) / table_rows
+        generator, offsets = torch.Generator().manual_seed(0), torch.arange(size)
+        gradient = torch.randn(size, schema.input_width, generator=generator) / size
+        large = torch.zeros(COPIED_BYTES, dtype=torch.uint8)
+        copy = torch.empty_like(large)
+        clocks = [Moved(defaultdict(float), defaultdict(float)) for _ in range(case.rounds + 1)]
+        for clock in clocks:
+            clock.take("copied", 2 * COPIED_BYTES, lambda: copy.copy_(large))
+            for _ in range(case.steps):
+                # Drawn anew for each way: a cache may hold what was looked up last.
+                ids, others = (uniform_ids(schema, size, generator) for _ in range(2))
+                distinct = sum(len(each.unique()) for each in ids.values().split(size))
+                looked_up = clock.take("forward", len(ids.values()) * row, lambda: collection(ids).values())  # noqa: B023
+                clock.take("backward", 2 * distinct * (row + state), lambda: looked_up.backward(gradient))  # noqa: B023
+                bags = [
+                    (each, weights[name]) for name, each in zip(others.keys(), others.values().split(size), strict=True)
+                ]
+                clock.take(
+                    "gathered",
+                    len(others.values()) * row,
+                    lambda: [embedding_bag(each, weight, offsets, mode="sum") for each, weight in bags],  # noqa: B023
+                )
+    rates = {way: [clock.bytes[way] / clock.seconds[way] for clock in clocks[1:]] for way in clocks[0].seconds}
+    seconds = {way: statistics.median(clock.seconds[way] for clock in clocks[1:]) for way in ("forward", "backward")}
+    seconds["both"] = sum(seconds.values())
+    line = {
+        "table_rows": table_rows,
+        "width": schema.tables[0].width,
+        "precision": schema.tables[0].precision,
+        "threads": torch.get_num_threads(),
+        "batch_size": size,
+        "rounds": case.rounds,
+        "rows_per_cpu_second": {way: round(case.steps * size / each) for way, each in seconds.items()},
+        "gb_per_cpu_second": {way: round(statistics.median(each) / 1e9, 2) for way, each in rates.items()},
+        **{
+            f"share_of_{limit}": {
+                way: round(statistics.median(map(_ratio, rates[way], rates[limit])), 3)
+                for way in ("forward", "backward")
+            }
+            for limit in ("gathered", "copied")
+        },
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+    case.out.write_text(json.dumps(line))
+
+
+@dataclass
+class Moved:
+    """What each way has moved within a round."""
+
+    bytes: dict[str, float]
+    seconds: dict[str, float]
+    """Of the CPU."""
+
+    def take(self, way: str, size: float, work: Callable[[], Any]) -> Any:
+        """Do `work`, which moves `size` bytes, and return what it returns."""
+        start = time.process_time()
+        done = work()
+        self.seconds[way] += time.process_time() - start
+        self.bytes[way] += size
+        return done
+
+
+def uniform_schema(rows: int) -> FeatureSchema:
+    """A user's and an item's table of `rows` rows, and the small ones, each with a feature of its name."""
+    tables = {"user": rows, "item": rows, **{f"c{number}": each for number, each in enumerate(SMALL_TABLES)}}
+    return FeatureSchema(
+        user="user",
+        item="item",
+        labels=(Label(name="click"),),
+        scenarios=(Scenario(id=0, name="scenario"),),
+        tables=tuple(Table(name=name, rows=each) for name, each in tables.items()),
+        features=tuple(Feature(name=name, table=name) for name in tables),
+    )
+
+
+def uniform_ids(schema: FeatureSchema, size: int, generator: torch.Generator) -> KeyedJaggedTensor:
+    """Ids of a batch of `size` rows, each as likely as any other of its table."""
+    names = [feature.name for feature in schema.features]
+    ids = [torch.randint(schema.table(name).rows, (size,), generator=generator) for name in names]
+    return KeyedJaggedTensor(
+        keys=names, values=torch.cat(ids), lengths=torch.ones(len(names) * size, dtype=torch.int64)
+    )
 
 
 @dataclass(frozen=True)
@@ -336,20 +467,23 @@ class Case:
     """Where rank 0 leaves the figures."""
 
 
-def trained(case: Case, workers: int) -> dict[str, Any]:
-    """The figures of `case`, of all `workers` processes together."""
+_Job = TypeVar("_Job", Case, Lookups)
+
+
+def apart(work: Callable[[_Job], None], case: _Job, workers: int) -> dict[str, Any]:
+    """The figures that `work` leaves in `case.out`, of all `workers` processes together."""
     folder = Path(tempfile.mkdtemp(prefix="throughput-"))
     try:
         # A child even where one would do: its start-up and memory are then its own.
         case = replace(case, out=folder / "figures.json")
         if workers == 1:
-            child = multiprocessing.get_context("spawn").Process(target=measure, args=(case,))
+            child = multiprocessing.get_context("spawn").Process(target=work, args=(case,))
             child.start()
             child.join()
             if child.exitcode:
                 raise SystemExit(f"the measuring process ended with {child.exitcode}")
         else:
-            launch(measure, case, "local", workers, folder)
+            launch(work, case, "local", workers, folder)
         figures: dict[str, Any] = json.loads(case.out.read_text())
         return figures
     finally:

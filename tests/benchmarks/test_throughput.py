@@ -67,16 +67,30 @@ def test_a_checkpoint(tmp_path, data):
     assert line["call_by_save"] > 0
 
 
+def test_lookups_of_two_tables_and_small_ones(tmp_path):
+    words = ("--rows", 1000, "--width", 8, "--precision", "fp16", "--steps", 2, "--rounds", 1, "--batch-size", 4096)
+    line = measured(tmp_path, "lookup", *words)
+    assert (line["table_rows"], line["width"], line["precision"]) == (2 * 1000 + 166_670, 8, "fp16")
+    rates, rows = line["gb_per_cpu_second"], line["rows_per_cpu_second"]
+    # 11 vectors of 8 fp16 numbers are read for a row.
+    assert rates["forward"] == pytest.approx(rows["forward"] * 11 * 8 * 2 / 1e9, abs=0.01)
+    assert rows["both"] == pytest.approx(1 / (1 / rows["forward"] + 1 / rows["backward"]), rel=0.01)
+    assert set(rates) == {"forward", "backward", "gathered", "copied"}
+    assert line["share_of_gathered"]["forward"] > line["share_of_copied"]["forward"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("step", "--model", "foo"), "'foo' is not one of"),
         (("step", "precision=fp8"), "precision: Input should be 'fp32' or 'bf16'"),
+        (("lookup", "--width", 6), "embeddings.width: Input should be a multiple of 4"),
         (("plain",), "the plain trainer knows data of single-valued ids alone"),
     ],
 )
 def test_wrong_words_end_in_one_line(tmp_path, data, words, message):
-    done = command.call(*words, "--data", data, "--results", tmp_path, launched_by=THROUGHPUT)
+    read = () if words[0] == "lookup" else ("--data", data)
+    done = command.call(*words, *read, "--results", tmp_path, launched_by=THROUGHPUT)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
