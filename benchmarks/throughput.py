@@ -531,7 +531,7 @@ def measure(case: Case) -> None:
         rows = count * reader.order.rows / reader.order.steps
         line = {
             "data": run.data.name,
-            "settings": {"precision": run.precision},
+            "settings": {"precision": run.precision, "dense_rows": run.dense_rows},
             "table_rows": sum(table.rows for table in schema.tables),
             "workers": world.world_size,
             "threads": torch.get_num_threads(),

@@ -267,7 +267,7 @@ class Planner:
         self._run, self._schema, self._list_length = run, schema, list_length
         self._lengths = {feature.name: list_length for feature in schema.features if feature.pooling}
         self._stage = max(range(len(run.stages)), key=lambda stage: _STATE_ORDER.index(run.stages[stage].sparse.kind))
-        self._parameters, self._activations_per_row = self._measure()
+        self._parameters, self._per_row, self._per_row_beside, self._per_row_of_part = self._measure()
 
     def plan(self, machines: Machines) -> Plan:
         """The plan for those machines; where they do not suffice, for so many that have as much more as it takes.
@@ -333,7 +333,7 @@ class Planner:
             parameters=self._parameters,
             gradients=self._parameters,
             optimizer=_NUMBERS_PER_DENSE[stage.dense.kind] * self._parameters,
-            activations=int(self._activations_per_row * rows),
+            activations=self._activations(rows),
             # The window that is being read, and the one after it.
             data=int(
                 batches * rows * self._batch_row + (2 * window / machines.ranks * self._ready_row if on_cpu else 0)
@@ -367,27 +367,44 @@ class Planner:
         numbers = 4 * (len(self._schema.numerics) + 1 + labels * has_weights(self._schema)) + labels
         return single + 8 * lists * (self._list_length + 1) + numbers
 
-    def _measure(self) -> tuple[int, float]:
-        """Bytes of the dense parameters, and those per row that forward and backward pass hold at most."""
+    def _measure(self) -> tuple[int, float, float, float]:
+        """Bytes of the dense parameters, and of what both passes hold at most: see `_activations`."""
+        rows, most = min(_MEASURED_ROWS, self._run.loader.batch_size) * self._together, self._run.dense_rows
+        dense, peak = self._peak(rows, None)
+        if most is None:
+            return dense, peak / rows, 0.0, 0.0
+        part = min(most, _MEASURED_ROWS // 4)
+        (_, two), (_, four) = self._peak(2 * part, part), self._peak(4 * part, part)
+        beside = (four - two) / (2 * part)
+        return dense, peak / rows, beside, two / part - 2 * beside
+
+    def _activations(self, rows: int) -> int:
+        """Bytes of a rank's `rows`; in parts those of one part, and beside it what each row takes all the time."""
+        most = self._run.dense_rows
+        if most is None or rows <= most:
+            return int(self._per_row * rows)
+        return int(self._per_row_of_part * most + self._per_row_beside * rows)
+
+    def _peak(self, rows: int, dense_rows: int | None) -> tuple[int, int]:
+        """Bytes of the dense parameters, and the most that forward and backward pass of `rows` rows hold at once."""
         tables = {
             table.name: table.model_copy(update={"rows": min(table.rows, _MEASURED_TABLE_ROWS)})
             for table in self._schema.tables
         }
         schema = self._schema.with_tables(tables)
-        model = self._run.recommender(schema, self._stage)
+        model = self._run.model_copy(update={"dense_rows": dense_rows}).recommender(schema, self._stage)
         for name, collection in model.named_children():
             if name != "head":
                 collection.to_empty(device=torch.device("cpu"))
                 for tensor in (*collection.parameters(), *collection.buffers()):
                     tensor.data.zero_()
-        rows = min(_MEASURED_ROWS, self._run.loader.batch_size) * self._together
         batch = _random_batch(schema, rows, round(self._list_length))
         with _Peak() as memory:
             loss, _ = model(batch)
             loss.backward()
         dense = sum(parameter.numel() * parameter.element_size() for parameter in model.head.parameters())
         # Gradients are counted apart.
-        return dense, max(0, memory.peak - dense) / rows
+        return dense, max(0, memory.peak - dense)
 
 
 class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]

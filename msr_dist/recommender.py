@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
+from torch.utils.checkpoint import checkpoint
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
@@ -162,11 +163,12 @@ class Recommender(nn.Module):
         config: EmbeddingsConfig,
         objective: Retrieval | Contrastive | None = None,
         precision: Precision = "fp32",
+        dense_rows: int | None = None,
     ) -> None:
         """`schema` must be the one that `config` was applied to. Tables take no memory before they are sharded.
 
         Two towers train on `objective`, a backbone on its own; without one, towers make vectors alone. A backbone's
-        products are made in `precision`.
+        products are made in `precision`, and in training those of `dense_rows` rows at once; by default, of all.
         """
         super().__init__()
         listed = {feature.table for feature in schema.features if feature.pooling == "attention"}
@@ -188,7 +190,7 @@ class Recommender(nn.Module):
         self.head = (
             TowersHead(schema, model, objective)
             if isinstance(model, TwoTower)
-            else Head(schema, model, config.attention_widths, precision)
+            else Head(schema, model, config.attention_widths, precision, dense_rows)
         )
 
     def forward(self, batch: ScenarioBatch, side: Side | None = None) -> tuple[Tensor, Predictions] | Tensor:
@@ -216,6 +218,45 @@ class Recommender(nn.Module):
         }
 
 
+@dataclass(frozen=True)
+class _LookedUp:
+    """The rows of a batch and what tables hold of them, before anything is computed."""
+
+    pooled: dict[str, Tensor]
+    """Feature -> `[B, W]`."""
+    lists: dict[str, JaggedTensor]
+    """Feature -> vectors one by one, where attention reads any of the table."""
+    lengths: dict[str, Tensor]
+    """List whose mean is asked for -> `[B]`."""
+    numeric: Tensor
+    scenario: Tensor
+    row: Tensor
+    user: Tensor | None
+    """`[B]`, and `known` `[B, W]`, where the schema has knowledge."""
+    known: Tensor | None
+
+    def split(self, sizes: list[int]) -> "list[_LookedUp]":
+        """Consecutive parts of those sizes. Their gradients are put together once, where those of slices are added."""
+        pooled = {name: x.split_with_sizes(sizes) for name, x in self.pooled.items()}
+        lists = {name: _split(x, sizes) for name, x in self.lists.items()}
+        lengths = {name: x.split_with_sizes(sizes) for name, x in self.lengths.items()}
+        numeric, scenario, row = (x.split_with_sizes(sizes) for x in (self.numeric, self.scenario, self.row))
+        user, known = (None if x is None else x.split_with_sizes(sizes) for x in (self.user, self.known))
+        return [
+            _LookedUp(
+                {name: parts[i] for name, parts in pooled.items()},
+                {name: parts[i] for name, parts in lists.items()},
+                {name: parts[i] for name, parts in lengths.items()},
+                numeric[i],
+                scenario[i],
+                row[i],
+                None if user is None else user[i],
+                None if known is None else known[i],
+            )
+            for i in range(len(sizes))
+        ]
+
+
 class _Lookups(nn.Module):
     """What was looked up becomes `Inputs`."""
 
@@ -235,48 +276,55 @@ class _Lookups(nn.Module):
             }
         )
 
-    def _inputs(
+    def _looked_up(
         self,
         pooled: KeyedTensor | None,
         lists: dict[str, JaggedTensor] | None,
         batch: ScenarioBatch,
         known: KeyedTensor | None,
         hashed: KeyedTensor | None,
-    ) -> Inputs:
-        inputs = self._featured([each for each in (pooled, hashed) if each is not None], lists or {}, batch)
-        if known is None:
-            return inputs
-        user = batch.ids[self._user].values() // self._copies
-        return replace(inputs, user=user, knowledge=self._known(known, user))
-
-    def _featured(self, pooled: list[KeyedTensor], lists: dict[str, JaggedTensor], batch: ScenarioBatch) -> Inputs:
+    ) -> _LookedUp:
         # By name: the order of KeyedTensor.values() changes with the sharding plan.
-        columns: dict[str, Tensor] = {name: x for each in pooled for name, x in each.to_dict().items()}
+        columns = {name: x for each in (pooled, hashed) if each is not None for name, x in each.to_dict().items()}
+        return _LookedUp(
+            columns,
+            lists or {},
+            {name: batch.ids[name].lengths() for name, pooling in self._pooling.items() if pooling == "mean"},
+            batch.numeric,
+            batch.scenario,
+            batch.row,
+            None if known is None else batch.ids[self._user].values() // self._copies,
+            None if known is None else known.to_dict()[self._user],
+        )
+
+    def _inputs(self, rows: _LookedUp) -> Inputs:
+        columns, lists = dict(rows.pooled), rows.lists
         columns |= {
             name: _padded(x, self._pooling[name]).sum(dim=1) for name, x in lists.items() if name not in self._targets
         }
-        for name in columns:
-            if self._pooling[name] == "mean":
-                columns[name] = columns[name] / batch.ids[name].lengths().clamp(min=1).unsqueeze(1)
+        for name, lengths in rows.lengths.items():
+            columns[name] = columns[name] / lengths.clamp(min=1).unsqueeze(1)
         behaviours = {}
         for name, target in self._targets.items():
             lengths = lists[name].lengths()
             vectors = _padded(lists[name], self._pooling[name])
             present = torch.arange(vectors.shape[1], device=lengths.device) < lengths[:, None]
             behaviours[name] = Behaviours(vectors, present, columns[target].float())
-            columns[name] = self.attention[module_name(name)](behaviours[name], batch.row)
+            columns[name] = self.attention[module_name(name)](behaviours[name], rows.row)
         groups = {}
         for group, features, numerics in zip(self._groups, self._features, self._numerics, strict=True):
             parts = [columns[feature].float() for feature in features]
-            groups[group] = torch.cat([*parts, batch.numeric[:, numerics]] if numerics else parts, dim=1)
-        return Inputs(groups, batch.scenario, batch.row, behaviours)
+            groups[group] = torch.cat([*parts, rows.numeric[:, numerics]] if numerics else parts, dim=1)
+        return Inputs(groups, rows.scenario, rows.row, behaviours, rows.user, self._known(rows))
 
-    def _known(self, looked_up: KeyedTensor, user: Tensor) -> Tensor:
+    def _known(self, rows: _LookedUp) -> Tensor | None:
         """`[B, K + 1]` fp32: the user's vector, and whether it is known."""
+        if rows.known is None or rows.user is None:
+            return None
         assert self._knowledge is not None
-        vectors: Tensor = looked_up.to_dict()[self._user].float()
+        vectors = rows.known.float()
         if self._knowledge.trained:
-            return torch.cat([vectors, (user != UNSEEN)[:, None].float()], dim=1)
+            return torch.cat([vectors, (rows.user != UNSEEN)[:, None].float()], dim=1)
         # Detached: the table is fixed, so no gradient may go back to it.
         return vectors[:, : self._knowledge.width + 1].detach()
 
@@ -287,6 +335,9 @@ class Head(_Lookups):
     A scenario without training rows has parameters that nothing has taught. Its rows are predicted by what the others
     share: the mean of the probabilities that a row would have in each of them, weighted by their training rows (in the
     largest of them, where there are many).
+
+    In training, the rows may be computed in parts, whose activations are made anew for the backward pass (Chen et al.,
+    2016, "Training deep nets with sublinear memory cost"). Dropout draws by row, so it is the same again.
     """
 
     untaught: Tensor
@@ -297,10 +348,12 @@ class Head(_Lookups):
         backbone: Backbone,
         attention_widths: Widths = (32,),
         precision: Precision = "fp32",
+        dense_rows: int | None = None,
     ) -> None:
         super().__init__(schema, attention_widths)
         self.backbone = backbone
         self._bf16 = precision == "bf16"
+        self._dense_rows = dense_rows
         self._stand_ins = _stand_ins(schema)
         self._has_untaught = bool(self._stand_ins) and not all(scenario.taught for scenario in schema.scenarios)
         untaught = torch.tensor([not scenario.taught for scenario in schema.scenarios])
@@ -317,14 +370,28 @@ class Head(_Lookups):
     ) -> tuple[Tensor, Predictions]:
         """The backbone's loss, averaged over the rows of all ranks."""
         assert side is None, "a backbone has no sides"
-        inputs = self._inputs(pooled, lists, batch, known, hashed)
+        rows = self._looked_up(pooled, lists, batch, known, hashed)
+        most, count = self._dense_rows, len(batch.row)
+        if self.training and most is not None and most < count:
+            sizes = [min(most, count - start) for start in range(0, count, most)]
+            truth = (x.split_with_sizes(sizes) for x in (batch.labels, batch.weights))
+            parts = zip(rows.split(sizes), *truth, strict=True)
+            losses, each = zip(*(checkpoint(self._part, *part, use_reentrant=False) for part in parts), strict=True)
+            total, logits = torch.stack(losses).sum(), torch.cat(each)
+        else:
+            total, logits = self._part(rows, batch.labels, batch.weights)
+        loss = total / batch.rows_per_rank
+        return loss, Predictions(logits, loss.detach())
+
+    def _part(self, rows: _LookedUp, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, summed over the rows, and their logits."""
+        inputs = self._inputs(rows)
         with self._precision(inputs):
             objective = self.backbone.objective(inputs).float()
-        loss = objective.loss(batch.labels, batch.weights) / batch.rows_per_rank
         logits = objective.logits.detach()
         if self._has_untaught and not self.training:
             logits = self._stand_in(inputs, logits)
-        return loss, Predictions(logits, loss.detach())
+        return objective.loss(labels, weights), logits
 
     def _precision(self, inputs: Inputs) -> torch.autocast:
         """Products in bf16 where the run wants it; weights, their optimizer, sums over rows and the loss stay fp32."""
@@ -374,7 +441,7 @@ class TowersHead(_Lookups):
         hashed: KeyedTensor | None = None,
     ) -> tuple[Tensor, Predictions] | Tensor:
         """The objective's loss; or the vectors of `side`, `[B, d]`, where one is asked for."""
-        inputs = self._inputs(pooled, lists, batch, known, hashed)
+        inputs = self._inputs(self._looked_up(pooled, lists, batch, known, hashed))
         inputs = replace(inputs, scenario=self.owners[inputs.scenario])
         if side is not None:
             return self.towers.user(inputs) if side == "user" else self.towers.item(inputs)
@@ -406,6 +473,13 @@ def _padded(x: JaggedTensor, pooling: str | None) -> Tensor:
     longest = 1 if pooling is None else int(x.lengths().max()) if len(x.lengths()) else 0
     padded: Tensor = x.to_padded_dense(longest).float()
     return padded
+
+
+def _split(x: JaggedTensor, sizes: list[int]) -> list[JaggedTensor]:
+    """The lists of consecutive rows, so many in each part."""
+    lengths = x.lengths().split_with_sizes(sizes)
+    values = x.values().split_with_sizes(torch.stack([each.sum() for each in lengths]).tolist())
+    return [JaggedTensor(part, lengths=each) for part, each in zip(values, lengths, strict=True)]
 
 
 def module_name(table: str) -> str:

@@ -36,7 +36,7 @@ from msr_dist.layout import (
     module_tables,
     read_plan,
 )
-from msr_dist.models.base import BackboneConfig, ModelConfig
+from msr_dist.models.base import BackboneConfig, ModelConfig, of_whole_batch
 from msr_dist.models.objectives import Contrastive, Labels, Retrieval
 from msr_dist.models.towers import TowersConfig
 from msr_dist.optim import DenseOptimizer, Schedule, SparseOptimizer
@@ -95,7 +95,7 @@ class EvaluationConfig(Config):
 class RunConfig(Config):
     """Everything about a run.
 
-    `seed`, `data`, `loader`, `embeddings`, `knowledge`, `model`, `precision`, `communication` and
+    `seed`, `data`, `loader`, `embeddings`, `knowledge`, `model`, `precision`, `dense_rows`, `communication` and
     `stages` decide its losses.
     """
 
@@ -115,6 +115,12 @@ class RunConfig(Config):
     precision: Precision = "fp32"
     """Of the model's products: bf16 takes a fraction of the time where processors multiply it (AVX512-BF16, AMX, GPUs),
     and longer than fp32 where they do not. Weights, optimizers, tables and losses have precisions of their own."""
+    dense_rows: int | None = Field(default=None, ge=1)
+    """Rows of a rank that its model computes at once, by default all: for steps of `loader.batch_size` rows whose
+    activations do not fit. They go through the model in parts of so many, and again in the backward pass, so that the
+    activations of one part are all that is held, for up to a third more time. It stays one step: each row is looked up
+    once, tables and model are updated once. The sums over rows are made in parts, so losses differ in the last digits.
+    Not for models that look at a batch as a whole, as batch normalisation does."""
     communication: Communication = "fp32"
     """Of tables' vectors and gradients on their way between ranks: bf16 and fp16 (with gradients in bf16) are half the
     bytes, for networks that are slower than the ranks. Then losses depend a little on the number of ranks."""
@@ -152,6 +158,11 @@ class RunConfig(Config):
             )
         if self.precision != "fp32":
             raise ValueError(f"precision: model.kind {kind!r} retrieves, which is done in fp32 alone; leave it out")
+        if self.dense_rows is not None:
+            raise ValueError(
+                f"dense_rows: model.kind {kind!r} compares the rows of a batch with each other, so it is not computed "
+                "in parts; leave it out"
+            )
         if not isinstance(objectives[-1], Retrieval):
             raise ValueError("stages: the last objective has to be 'retrieval', on which the run is judged")
         return self
@@ -293,7 +304,14 @@ class RunConfig(Config):
         assert isinstance(self.model, BackboneConfig | TowersConfig)
         objective = self.objective(index)
         given = None if isinstance(objective, Labels) else objective
-        return Recommender(schema, self.model.build(schema), self.embeddings, given, self.precision)
+        model = self.model.build(schema)
+        whole = of_whole_batch(model)
+        if self.dense_rows is not None and whole:
+            raise ValueError(
+                f"dense_rows: model.kind {self.model.kind!r} sees a batch as a whole ({', '.join(whole)}), so it is "
+                "not computed in parts; leave it out, or choose another model"
+            )
+        return Recommender(schema, model, self.embeddings, given, self.precision, self.dense_rows)
 
     def _layouts(self, recommender: Recommender, world: World) -> ParallelConfig:
         """What tables may be like, by the names of their submodules."""
@@ -340,7 +358,8 @@ def _losses(run: RunConfig) -> dict[str, Any]:
             flat[prefix] = value
 
     whole = run.absolute().model_dump(mode="json")
-    for key in ("seed", "data", "loader", "embeddings", "knowledge", "model", "precision", "communication"):
+    keys = ("seed", "data", "loader", "embeddings", "knowledge", "model", "precision", "dense_rows", "communication")
+    for key in keys:
         walk(key, whole[key])
     for index, stage in enumerate(whole["stages"]):
         walk(f"stages.{index}", stage)

@@ -115,6 +115,7 @@ def check(run: RunConfig, world_size: int) -> None:
     """Raise what `train` would raise about configuration, schema and file footers, before any worker starts."""
     schema = run.read_schema()
     run.check_tables(schema)
+    run.recommender(schema, 0)
     source = ParquetSource(run.data / "train", schema)
     Loader(source, schema, _order(run, source, run.data / "train"), 0, world_size, run.loader)
     for split in {"valid", run.evaluation.final}:

@@ -160,6 +160,7 @@ class EveryModel:
     data: Path
     folder: Path
     configs: tuple[BackboneConfig, ...]
+    dense_rows: int | None = None
 
 
 def train_every_model(job: EveryModel) -> None:
@@ -177,7 +178,7 @@ def train_every_model(job: EveryModel) -> None:
             source = ParquetSource(job.data / "train", schema)
             order = Order(tuple(group.rows for group in source.row_groups), 6, 30, seed=1, window_rows=600)
             torch.manual_seed(0)
-            model = Recommender(schema, config.build(schema), embeddings)
+            model = Recommender(schema, config.build(schema), embeddings, dense_rows=job.dense_rows)
             layouts = ParallelConfig(sharding=("row_wise",))
             reserved = model.reserved_rows(schema)
             fixed = {"knowledge": said} if schema.knowledge and not schema.knowledge.trained else {}

@@ -76,6 +76,8 @@ def test_a_dry_run_prints_configuration_and_plan_and_writes_nothing(tmp_path, da
         ("stages.0.schedule={final=0.5}", "needs a decay"),
         ("loader.partitions=5", "world size 2 does not divide 5 partitions"),
         ("loader.partitions=100", "30 row groups cannot feed 100 partitions"),
+        ("dense_rows=0", "dense_rows: Input should be greater than or equal to 1"),
+        ("dense_rows=10", "dense_rows: model.kind 'star' sees a batch as a whole (ScenarioNorm)"),
         ("loader.batch_size=2", "train: batch_size 2 leaves a partition without rows"),
         (
             "embeddings.tables.itmes.width=8",

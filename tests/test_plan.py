@@ -288,6 +288,23 @@ def test_what_is_kept_for_the_backward_pass_grows_with_the_model(tmp_path, data)
     assert sizes[1][1] > sizes[0][1]
 
 
+def test_activations_of_parts_are_foreseen(tmp_path, data):
+    model = {"kind": "mlp", "widths": [256, 256]}
+
+    def known(**changes) -> Planner:
+        run = run_config(tmp_path, data, model=model, loader={"batch_size": 3840, "partitions": 6}, **changes)
+        return planner(run)
+
+    def activations(**changes) -> int:
+        return known(**changes).plan(CPUS).rank_bytes(0)["activations"]
+
+    whole, parts = activations(), activations(dense_rows=96)
+    # 1,920 rows of a rank; 192 and 384 were measured.
+    assert parts == pytest.approx(known()._peak(1920, 96)[1], rel=0.02)
+    assert parts < whole / 4
+    assert activations(dense_rows=1920) == whole
+
+
 def test_the_command(tmp_path, data, capsys):
     config, file = command.write_config(tmp_path, tmp_path / "nowhere"), tmp_path / "plan.toml"
     words = ["plan", str(config), "--schema", str(data / "schema.toml"), "--cpus", "2", "--out", str(file)]

@@ -383,6 +383,7 @@ def test_what_stages_minimise(tmp_path, data):
             r"the last objective has to be 'retrieval', on which the run is judged",
         ),
         ({"stages": [{"objective": {"kind": "retrieval", "loss": "bce"}}]}, r"loss 'bce' needs rows with label 0"),
+        ({"dense_rows": 8}, r"dense_rows: model\.kind 'sass' compares the rows of a batch with each other"),
         ({"stages": [{"objective": "recall"}]}, r"'labels', 'retrieval', 'contrastive'"),
         ({"evaluation": {"top_k": []}}, "top_k"),
         (

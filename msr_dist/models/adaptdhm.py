@@ -39,7 +39,7 @@ import torch.nn.functional as F  # noqa: N812
 from pydantic import Field
 from torch import Tensor, nn
 
-from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Rate, Width, Widths
+from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Rate, WholeBatch, Width, Widths
 from msr_dist.models.layers import Dropout, ScenarioGroups, StarLinear, sum_over_ranks
 from msr_dist.schema import FeatureSchema
 
@@ -72,7 +72,7 @@ class Config(BackboneConfig):
 
 
 @final
-class Router(nn.Module):
+class Router(WholeBatch):
     """Gives every row a cluster; in training its centres follow the rows of all ranks."""
 
     centres: Tensor

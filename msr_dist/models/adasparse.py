@@ -39,7 +39,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Objective, Rate, Width, Widths
+from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Objective, Rate, WholeBatch, Width, Widths
 from msr_dist.models.layers import Dropout
 from msr_dist.schema import FeatureSchema
 
@@ -91,7 +91,7 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 
 @final
-class AdaSparse(Backbone):
+class AdaSparse(Backbone, WholeBatch):
     """An MLP whose neurons are weighed, and pruned, by scenario and row."""
 
     steps: Tensor

@@ -119,8 +119,24 @@ class Objective:
         return total
 
 
+class WholeBatch(nn.Module):
+    """A module that in training sees batches as a whole: takes statistics of their rows, or counts them.
+
+    It cannot be computed in parts: see `dense_rows` of a run.
+    """
+
+
+def of_whole_batch(model: nn.Module) -> list[str]:
+    """The classes of those parts of `model` that need all rows of a batch at once, torch's own among them."""
+    kinds = (WholeBatch, nn.modules.batchnorm._BatchNorm)
+    return sorted({type(module).__name__ for module in model.modules() if isinstance(module, kinds)})
+
+
 class Backbone(nn.Module, ABC):
-    """A multi-scenario model without its embedding tables. Subclasses are final."""
+    """A multi-scenario model without its embedding tables. Subclasses are final.
+
+    A row's part in the objective depends on that row alone, but for what a `WholeBatch` computes.
+    """
 
     @abstractmethod
     def forward(self, inputs: Inputs) -> Tensor:

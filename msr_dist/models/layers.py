@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from msr_dist.models.base import Behaviours
+from msr_dist.models.base import Behaviours, WholeBatch
 from msr_dist.noise import uniform
 
 
@@ -362,7 +362,7 @@ _ROUNDING = 1e-6
 
 
 @final
-class ScenarioNorm(nn.Module):
+class ScenarioNorm(WholeBatch):
     """STAR's partitioned normalisation (Sheng et al., 2021, section 3.3), for batches that mix scenarios.
 
         train     z' = gamma * gamma_s * (z - mu_s) / sqrt(var_s + eps) + beta + beta_s      statistics of the batch

@@ -49,7 +49,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
-from msr_dist.models.base import Backbone, BackboneConfig, Behaviours, Inputs, Objective, Rate, Width, Widths
+from msr_dist.models.base import (
+    Backbone,
+    BackboneConfig,
+    Behaviours,
+    Inputs,
+    Objective,
+    Rate,
+    WholeBatch,
+    Width,
+    Widths,
+)
 from msr_dist.models.layers import MLP, Experts, ScenarioExperts, ScenarioGroups, ScenarioLinear, sum_over_ranks
 from msr_dist.schema import FeatureSchema
 
@@ -111,7 +121,7 @@ class Interest(nn.Module):
         return (share[:, :, None] * behaviours.vectors).sum(dim=1)
 
 
-class Fairness(nn.Module):
+class Fairness(WholeBatch):
     """The coefficient of each row, and the loss of the classifier that it is read from."""
 
     seen: Tensor

@@ -46,18 +46,22 @@ def test_a_step_of_two_processes_and_its_trace(tmp_path, data):
     trace = tmp_path / "trace.json"
     words = ("--rounds", 1, "--steps", 2, "--batch-size", 60, "--workers", 2, "--times", 3, "--profile", trace)
     line = measured(tmp_path, "step", "--data", data, "--model", "mlp", *words, *LESS)
-    assert (line["workers"], line["batch_size"], line["settings"]) == (2, 120, {"precision": "fp32"})
+    assert (line["workers"], line["batch_size"], line["settings"]) == (
+        2,
+        120,
+        {"precision": "fp32", "dense_rows": None},
+    )
     assert line["table_rows"] == 3 * (canonical.USERS + canonical.ITEMS + canonical.TAGS)
     assert line["cpu_seconds_per_million_rows"]["memory"] > 0
     assert json.loads(trace.read_text())["traceEvents"]
 
 
 def test_epochs_beside_steps_in_memory_and_what_they_learn(tmp_path, data):
-    words = ("--rounds", 2, "--batch-size", 60, "--workers", 2, "--judge", *LESS, "precision=bf16")
+    words = ("--rounds", 2, "--batch-size", 60, "--workers", 2, "--judge", *LESS, "precision=bf16", "dense_rows=50")
     line = measured(tmp_path, "end-to-end", "--data", data, "--model", "mlp", *words)
     assert set(line["cpu_seconds_per_million_rows"]) == {"parquet", "memory"}
     assert line["auc"]["valid/overall/auc"] > 0.5
-    assert line["settings"] == {"precision": "bf16"}
+    assert line["settings"] == {"precision": "bf16", "dense_rows": 50}
 
 
 def test_a_checkpoint(tmp_path, data):

@@ -2,8 +2,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from msr_dist.models.base import Behaviours, Inputs, Objective
+from msr_dist.models.base import Behaviours, Inputs, Objective, of_whole_batch
 
 
 def inputs() -> Inputs:
@@ -44,3 +45,8 @@ def test_an_objective_weighs_rows_and_adds_penalties_where_a_row_counts():
     whole = Objective(logits, weight=torch.tensor([2.0, 0.5, 9.0]), penalty=torch.tensor([0.25, 0.5, 100.0]))
     expected = 2 * entropy[0] + 0.5 * 3 * entropy[1] + 0.75
     assert whole.loss(labels, weights).item() == pytest.approx(expected)
+
+
+def test_normalisation_of_torch_needs_the_whole_batch():
+    assert of_whole_batch(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))) == ["BatchNorm1d"]
+    assert of_whole_batch(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))) == []

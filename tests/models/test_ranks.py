@@ -29,3 +29,20 @@ def test_two_ranks_train_every_model_as_one_does(tmp_path):
         assert two[:4] == pytest.approx(one[:4], rel=2e-6), name
         assert two == pytest.approx(one, rel=2e-3), name
         assert one[0] != one[-1], name
+
+
+def test_a_dense_part_that_is_computed_in_parts_makes_the_same_steps(tmp_path):
+    """A table that is updated once for each part, or a gradient that is summed twice over ranks, would show."""
+    data = canonical.write(tmp_path / "data", rows=1000, scenarios=5)
+    small = {"widths": (8,), "tower_widths": (4,)}
+    configs = config("mlp", **small), config("mmoe", **small), config("mmoe", **small, dropout=0.3)
+    losses = {}
+    # 30 and 15 rows of a rank: the last part of either has fewer than the others.
+    for workers, dense_rows in ((1, None), (1, 7), (2, 7)):
+        job = launched.EveryModel(data, tmp_path, configs, dense_rows)
+        launch(launched.train_every_model, job, "local", workers, tmp_path)
+        losses[workers, dense_rows] = json.loads((tmp_path / f"losses-{workers}.json").read_text())
+    for found in losses.values():
+        for one, expected in zip(found, losses[1, None], strict=True):
+            assert one == pytest.approx(expected, rel=1e-6)
+    assert losses[1, 7] != losses[1, None]
