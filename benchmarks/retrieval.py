@@ -246,7 +246,7 @@ def untrained(run: RunConfig, kind: str, split: str) -> RetrievalReport:
     with open_world() as world:
         schema = run.read_schema()
         catalogue, queries = catalogue_rows(run, schema, world), query_rows(run, schema, split, world)
-    users, items, scenarios = _choices(run.data / "train", schema)
+    users, items, scenarios = _choices(run.data_here / "train", schema)
     together = _cosines(users, items, schema) if kind == "item_item" else None
     offered = pq.read_table(catalogue / ROWS, columns=[schema.item, schema.scenario])
     of_item, of_scenario = (offered[name].to_numpy() for name in (schema.item, schema.scenario))

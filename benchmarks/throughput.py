@@ -708,7 +708,7 @@ def plainly(run: RunConfig, rounds: int) -> dict[str, Any]:
     cpu, wall, rows, auc = [], [], 0, None
     for _ in range(rounds):
         before, start, rows = _cpu_of_family(), time.perf_counter(), 0
-        data = PlainRows(run.data / "train", schema, run.loader.batch_size)
+        data = PlainRows(run.data_here / "train", schema, run.loader.batch_size)
         for ids, scenario, truth in DataLoader(data, batch_size=None, num_workers=1):
             sparse.zero_grad()
             dense.zero_grad()
@@ -737,7 +737,7 @@ def _plain_quality(model: PlainModel, run: RunConfig, schema: FeatureSchema) -> 
     model.eval()
     # Alone, for the metrics are summed over ranks.
     with torch.no_grad(), open_world():
-        for ids, scenario, truth in PlainRows(run.data / "valid", schema, run.loader.batch_size):
+        for ids, scenario, truth in PlainRows(run.data_here / "valid", schema, run.loader.batch_size):
             metrics.update(scenario, ids[user], model(ids, scenario), truth, torch.ones_like(truth))
         report = metrics.compute()
     model.train()

@@ -4,7 +4,8 @@ ray job submit --working-dir . -- python jobs/train.py jobs/configs/sass-tastes.
   data=/shared/data/tastes runs=/shared/runs
 
 Data and runs lie on a file system that all machines share, hence the absolute paths: a relative one would be below
-Ray's copy of the working directory. A job that was lost is submitted again: it goes on.
+Ray's copy of the working directory. Data, but not two towers', may lie in an object store, data=s3://bucket/ml-1m, with
+credentials in the environment of every machine of the cluster. A job that was lost is submitted again: it goes on.
 """
 
 import sys

@@ -111,7 +111,7 @@ def prepare(kind: str, out: Path, settings: tuple[str, ...], config: Path | None
       aliccp     Ali-CCP, the publisher's CSV files; positions on Taobao's pages as scenarios
       aliexpress AliExpress searches, the publisher's or MTReclib's CSV files; countries as scenarios
       table      your own parquet or CSV logs, described by a TOML file
-    OUT is the folder to write.
+    OUT is the folder to write; `train` reads copies of it in object stores as well.
 
     \b
     Examples:
@@ -155,6 +155,9 @@ def train(
     Models predict labels (star, mmoe, ...), or find items: sass and two_tower, whose stages have the objectives
     contrastive (pre-training) and retrieval.
 
+    The data may lie in an object store, data=s3://bucket/folder or gs://..., with credentials in the environment only:
+    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS.
+
     Ctrl-C, or SIGTERM, saves after the step that the run is in, and ends with status 75; a second one ends at once.
 
     \b
@@ -162,6 +165,7 @@ def train(
       msr-dist train jobs/configs/quickstart.toml
       msr-dist train jobs/configs/quickstart.toml name=star model.kind=star --launcher ray --workers 2
       msr-dist train jobs/configs/quickstart.toml --workers 4 --dry-run
+      msr-dist train jobs/configs/quickstart.toml --workers 2 data=s3://bucket/quickstart
       msr-dist train jobs/configs/sass-tastes.toml --workers 2
       msr-dist train jobs/configs/quickstart.toml --launcher ray --workers 8 --min-workers 2
       torchrun --nproc-per-node 2 -m msr_dist train jobs/configs/quickstart.toml

@@ -14,7 +14,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Protocol, Self, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, PlainValidator, SerializeAsAny, ValidationError
@@ -30,14 +30,27 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def load(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
+class Readable(Protocol):
+    """A file or folder, a `Path` or in an object store, as far as configurations are read from it."""
+
+    def __truediv__(self, name: str, /) -> Self: ...
+
+    def is_file(self) -> bool:
+        """Whether it is there."""
+        ...
+
+    def read_bytes(self) -> bytes:
+        """All that is in it."""
+        ...
+
+
+def load(cls: type[C], path: Readable, overrides: Sequence[str] = ()) -> C:
     """Read `path` (TOML) and apply `overrides` such as `model.widths=[64,32]`.
 
     Raises ValueError, one line per fault, naming the file and the dotted path of the key.
     """
     try:
-        with open(path, "rb") as file:
-            raw = tomllib.load(file)
+        raw = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the path of a TOML configuration") from None
     except (OSError, UnicodeDecodeError) as error:

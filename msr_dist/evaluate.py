@@ -105,7 +105,7 @@ def metrics_file(folder: Path, split: str) -> Path:
 def report_table(run: RunConfig, split: str) -> Table:
     """The metrics of a split for people, beside the best possible ones where the data were planted."""
     planted = run.data / "oracle.json"
-    oracle = json.loads(planted.read_text()) if planted.exists() and split == "test" else None
+    oracle = json.loads(planted.read_bytes()) if split == "test" and planted.is_file() else None
     raw, title = json.loads(metrics_file(run.folder, split).read_text()), f"{run.name}: {split} split"
     return (RetrievalReport if run.retrieves else Report).from_json(raw).table(oracle, title)
 

@@ -31,6 +31,7 @@ from pydantic import Field, model_validator
 from rich.table import Table
 
 from msr_dist.config import Config, dump, load
+from msr_dist.data.places import Folder
 from msr_dist.files import held, write_whole
 from msr_dist.launch import Launcher, LaunchError
 from msr_dist.llm.compress import CompressReport, Precision, compress
@@ -92,9 +93,9 @@ class CompressConfig(Config):
 class ExtractConfig(Config):
     """Everything about an extraction."""
 
-    data: Path
+    data: Folder
     """A folder that `msr-dist prepare` has made."""
-    out: Path
+    out: Folder
     """The folder to write; the same again continues, or brings it up to date where the data have changed."""
     model: EncoderConfig
     history: HistoryConfig = HistoryConfig()

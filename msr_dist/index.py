@@ -154,7 +154,7 @@ def retrieve(run: RunConfig, user: str, scenario: str, k: int) -> list[Found]:
                 f"{run.folder / FOLDER}: holds the items of {manifest.checkpoint}, the newest checkpoint is "
                 f"{checkpoint}; make it again with `msr-dist export-index {run.folder}`"
             )
-        row = _row_of(run.data, schema, user)
+        row = _row_of(run.data_here, schema, user)
         with tempfile.TemporaryDirectory(prefix="question-") as folder:
             question = Path(folder) / "question"
             write_question(sides_of(run, schema, world), question, row, wanted.id)
@@ -170,7 +170,7 @@ def _write(
     partial = target.with_name(FOLDER + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    names = _names(run.data, schema)
+    names = _names(run.data_here, schema)
     written = []
     for scenario in schema.scenarios:
         offered = items.of(scenario.id)
@@ -234,7 +234,7 @@ def _search(
     scores, places = graph.search(user, max(1, wanted))
     new = [(int(place), float(score)) for place, score in zip(places[0], scores[0], strict=True) if place >= 0]
     new = [pair for pair in new if pair[0] not in set(had.tolist())][:k]
-    texts = _texts(run.data, [int(rows[place]) for place, _ in new])
+    texts = _texts(run.data_here, [int(rows[place]) for place, _ in new])
     return [
         Found(rank, items["id"][place].as_py(), texts.get(int(rows[place]), ""), score)
         for rank, (place, score) in enumerate(new, start=1)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from msr_dist import noise
 from msr_dist.config import Config
+from msr_dist.data.places import Folder
 from msr_dist.files import digest_of
 from msr_dist.llm.parquet import MANIFEST_FILE
 from msr_dist.llm.vectors import RowVectors, VectorStore, open_store, open_table, vocabulary_digest
@@ -29,7 +30,7 @@ _BLOCK = 1 << 16  # rows that are read at a time where single rows are wanted
 class KnowledgeConfig(Config):
     """Which vectors of a language model a run reads, and what they are expected to be."""
 
-    store: Path
+    store: Folder
     """A folder that `msr-dist extract` has made from the run's data."""
     width: int = Field(default=64, ge=4, multiple_of=4)
     """Of the users' vectors, as `msr-dist compress STORE --width N` has made them."""

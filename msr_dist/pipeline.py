@@ -18,6 +18,7 @@ from pydantic import ValidationInfo, field_validator, model_validator
 
 from msr_dist.checkpoint import newest
 from msr_dist.config import C, Config, component, kind_config, parse
+from msr_dist.data.places import Folder
 from msr_dist.data.prepare.canonical import PrepareConfig, prepare
 from msr_dist.evaluate import evaluate, metrics_file
 from msr_dist.extract import ExtractConfig, extract
@@ -39,7 +40,7 @@ RECORD_FILE = "pipeline.json"
 class PipelineConfig(Config):
     """Everything about a pipeline: `data` and `store` are where the phases meet, and stand in no section again."""
 
-    data: Path
+    data: Folder
     """The folder of the prepared data."""
     store: Path | None = None
     """The folder of what a language model says of the users; only with `extract`."""

@@ -257,7 +257,7 @@ def sides_of(run: RunConfig, schema: FeatureSchema, world: World) -> Sides:
     assert isinstance(run.model, TowersConfig)
     assert isinstance(objective, Retrieval)
     limit, writes = run.loader.memory_limit, world.rank == 0
-    return Sides(run.data, schema, run.model.user_groups, objective.label, run.seed, limit, writes)
+    return Sides(run.data_here, schema, run.model.user_groups, objective.label, run.seed, limit, writes)
 
 
 def _share(part: int, whole: int) -> str:

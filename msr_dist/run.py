@@ -22,6 +22,7 @@ from pydantic import Field, field_validator, model_validator
 from msr_dist.checkpoint import CheckpointConfig
 from msr_dist.config import Config, component, dump, load
 from msr_dist.data.loader import LoaderConfig
+from msr_dist.data.places import Data, Folder
 from msr_dist.distributed import World
 from msr_dist.files import held, write_whole
 from msr_dist.guard import GuardConfig
@@ -101,11 +102,13 @@ class RunConfig(Config):
 
     name: str = Field(min_length=1, pattern=r"^\w[\w.-]*$")
     """Names the run's folder and the run in MLflow; the same name continues the same run."""
-    runs: Path = Path("runs")
+    runs: Folder = Path("runs")
     """The folder of all runs."""
     seed: int = Field(default=0, ge=0, lt=1 << 31)
-    data: Path
-    """A folder that `msr-dist prepare` has made."""
+    data: Data
+    """A folder that `msr-dist prepare` has made, here or copied to an object store: s3://bucket/folder or
+    gs://bucket/folder, whose credentials, region and endpoint stand in the environment. Two towers and `knowledge` want
+    it here."""
     loader: LoaderConfig = LoaderConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     knowledge: KnowledgeConfig | None = None
@@ -167,6 +170,20 @@ class RunConfig(Config):
             raise ValueError("stages: the last objective has to be 'retrieval', on which the run is judged")
         return self
 
+    @model_validator(mode="after")
+    def _data_are_here(self) -> Self:
+        """So that nobody finds out in the middle of a run."""
+        if isinstance(self.data, Path) or not (self.retrieves or self.knowledge):
+            return self
+        reader = f"model.kind {self.model.kind!r}" if self.retrieves else "knowledge"
+        raise ValueError(f"data: {reader} needs them in a folder of a file system; copy {self.data} to one")
+
+    @property
+    def data_here(self) -> Path:
+        """The folder of data that are on this machine, as those of two towers and of runs with knowledge are."""
+        assert isinstance(self.data, Path)
+        return self.data
+
     @property
     def folder(self) -> Path:
         """The run's own folder."""
@@ -219,7 +236,7 @@ class RunConfig(Config):
             schema.expect_listed((schema.user_table, schema.item_table), f"model.kind {self.model.kind!r}")
         if self.knowledge is not None:
             schema.expect_listed([schema.user_table], "knowledge")
-            schema = self.knowledge.apply(schema, self.data)
+            schema = self.knowledge.apply(schema, self.data_here)
         return self.model.adapt(schema)
 
     def epochs_before(self, stage: int) -> int:

@@ -19,7 +19,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from msr_dist.config import Config, dump, load
+from msr_dist.config import Config, Readable, dump, load
 
 SCHEMA_FILE = "schema.toml"
 SPLITS = ("train", "valid", "test")
@@ -239,7 +239,7 @@ class FeatureSchema(Config):
         (folder / SCHEMA_FILE).write_text(dump(self))
 
     @classmethod
-    def read(cls, folder: Path) -> "FeatureSchema":
+    def read(cls, folder: Readable) -> "FeatureSchema":
         """Read `schema.toml` of `folder`; ValueError where it is absent or wrong."""
         if not (folder / SCHEMA_FILE).is_file():
             raise ValueError(f"{folder}: no {SCHEMA_FILE} there; make the data with `msr-dist prepare`")

@@ -18,6 +18,7 @@ from msr_dist.data.derived import ROWS, read_summary
 from msr_dist.data.loader import Loader
 from msr_dist.data.order import Order
 from msr_dist.data.parquet import ParquetSource
+from msr_dist.data.places import Place
 from msr_dist.distributed import Vote, World, open_world
 from msr_dist.evaluate import evaluation_loader, judge, metrics_file, write_report
 from msr_dist.files import write_whole
@@ -63,8 +64,8 @@ class Feed:
 
     loader: Loader
     source: ParquetSource
-    folder: Path
-    """Where they are, and what is known of them."""
+    made: Path | None
+    """The folder of rows that were made for the stage, and of what is known of them."""
 
 
 def train(
@@ -153,17 +154,17 @@ def fewer_workers(run: RunConfig, least: int | None, workers: int) -> tuple[int,
 def _feed(run: RunConfig, schema: FeatureSchema, index: int, world: World) -> Feed:
     """What the stage of that index trains on."""
     objective = run.objective(index)
-    folder = rows = run.data / "train"
+    rows, made = run.data / "train", None
     if not isinstance(objective, Labels):
-        folder = stage_rows(run, schema, index, world)
-        schema, rows = FeatureSchema.read(folder), folder / ROWS
+        made = stage_rows(run, schema, index, world)
+        schema, rows = FeatureSchema.read(made), made / ROWS
     together = 2 if isinstance(objective, Contrastive) else 1
     source = ParquetSource(rows, schema)
     order = _order(run, source, rows, together)
-    return Feed(Loader(source, schema, order, world.rank, world.world_size, run.loader, together), source, folder)
+    return Feed(Loader(source, schema, order, world.rank, world.world_size, run.loader, together), source, made)
 
 
-def _order(run: RunConfig, source: ParquetSource, folder: Path, together: int = 1) -> Order:
+def _order(run: RunConfig, source: ParquetSource, folder: Place, together: int = 1) -> Order:
     try:
         return Order(
             group_rows=tuple(group.rows // together for group in source.row_groups),
@@ -212,8 +213,9 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
     guard = Guard(run.guard, stage.name, feed.loader, feed.source, first, world)
     end: Checkpoint | None = None
     shown: dict[str, str] = {}
-    if isinstance(run.objective(state.stage), Contrastive) and state.step == 0:
-        shares = coverage(read_summary(feed.folder))
+    pairs = feed.made if isinstance(run.objective(state.stage), Contrastive) else None
+    if pairs is not None and state.step == 0:
+        shares = coverage(read_summary(pairs))
         session.tracker.log({f"{stage.name}/{name}": value for name, value in shares.items()}, tracked)
     for step in range(state.step, steps):
         sharded.scale_learning_rates(stage.schedule.factor(step, steps), tables=float(step >= stage.frozen_tables))
@@ -248,8 +250,8 @@ def _train_stage(session: Session, sharded: Sharded, state: TrainState) -> Check
         progress.advance(values=shown)
         if epoch_ends and run.evaluation.validates_after(state.step // order.steps):
             pipeline.detach()
-            if isinstance(run.objective(state.stage), Contrastive):
-                apart = views_apart(run, feed.folder, sharded.model, world)
+            if pairs is not None:
+                apart = views_apart(run, pairs, sharded.model, world)
                 session.tracker.log(
                     {f"{stage.name}/{name}": value for name, value in apart.items()}, tracked + state.step
                 )

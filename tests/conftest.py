@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+import buckets
 from msr_dist.launch import set_threads
 
 set_threads(os.cpu_count() or 1)
@@ -27,3 +28,18 @@ def ray_cluster():
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory):
+    """An S3 server of this test session's own; nothing knows of it before `reached` sets the environment."""
+    with buckets.object_store(tmp_path_factory.mktemp("object-store")) as store:
+        yield store
+
+
+@pytest.fixture
+def reached(object_store, monkeypatch):
+    """The same, and an environment in which it is found."""
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    return object_store

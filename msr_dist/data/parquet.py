@@ -1,6 +1,7 @@
 """Row groups of canonical parquet files, read and checked."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,16 +10,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from msr_dist.data.places import Place, Remote, one_line, store_failure
 from msr_dist.schema import OPEN_IDS, FeatureSchema
 
 TypeCheck = Callable[[pa.DataType], bool]
+_FOOTERS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class RowGroup:
     """One row group of one file."""
 
-    file: Path
+    file: Place
     index: int
     rows: int
 
@@ -33,38 +36,49 @@ class ParquetSource:
     scenarios known, numbers finite.
     """
 
-    def __init__(self, folder: Path, schema: FeatureSchema) -> None:
-        """Read the footers of `folder`'s files; ValueError where one is damaged or does not match the schema."""
+    def __init__(self, folder: Place, schema: FeatureSchema) -> None:
+        """Read the footers of `folder`'s files.
+
+        Raises:
+            ValueError: one is damaged or does not match the schema.
+            OSError: the object store that holds them fails, here or in `read`.
+        """
         self.schema = schema
         self.columns = schema.columns()
-        files = sorted(folder.glob("*.parquet"))
+        files: list[Place] = sorted(folder.glob("*.parquet"))
         if not files:
             raise ValueError(f"{folder}: no parquet files there; make the data with `msr-dist prepare`")
-        self._metadata = {file: _footer(file) for file in files}
-        for file, metadata in self._metadata.items():
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+            self._opened = dict(zip(files, pool.map(_open, files), strict=True))
+        footers = {file: opened.footer for file, opened in self._opened.items()}
+        for file, metadata in footers.items():
             self._check_columns(file, metadata.schema.to_arrow_schema())
         self.row_groups = [
             RowGroup(file, index, metadata.row_group(index).num_rows)
-            for file, metadata in self._metadata.items()
+            for file, metadata in footers.items()
             for index in range(metadata.num_row_groups)
         ]
-        empty = next((file for file, metadata in self._metadata.items() if metadata.num_rows == 0), None)
+        empty = next((file for file, metadata in footers.items() if metadata.num_rows == 0), None)
         if empty is not None:
             raise ValueError(f"{empty}: holds no rows; remove the file, or prepare the data again")
 
     def read(self, group: int) -> pa.Table:
         """The columns of `FeatureSchema.columns` of one row group, each in one chunk."""
         where = self.row_groups[group]
+        opened = self._opened[where.file]
         try:
-            with pq.ParquetFile(where.file, metadata=self._metadata[where.file]) as file:
+            # Buffered ahead, the columns of a row group come in one request, as far as they lie side by side.
+            with pq.ParquetFile(opened.source, metadata=opened.footer, pre_buffer=True) as file:
                 table = file.read_row_group(where.index, columns=self.columns, use_threads=False).combine_chunks()
         except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(f"{where}: cannot be read, the file is damaged ({_one_line(error)})") from None
+            if (failure := store_failure(error)) is not None:
+                raise OSError(f"{where}: {failure}") from None
+            raise ValueError(f"{where}: cannot be read, the file is damaged ({one_line(error)})") from None
         for column, fault in self._faults(table):
             raise ValueError(f"{where}, column {column!r}: {fault}; prepare the data again")
         return table
 
-    def _check_columns(self, file: Path, found: pa.Schema) -> None:
+    def _check_columns(self, file: Place, found: pa.Schema) -> None:
         for column, (expected, accepted) in self._expected_types().items():
             if column not in found.names:
                 raise ValueError(
@@ -143,14 +157,22 @@ def _not_finite(column: str, values: pa.ChunkedArray) -> Iterator[tuple[str, str
         yield column, "NaN or infinite values"
 
 
-def _footer(file: Path) -> pq.FileMetaData:
+@dataclass(frozen=True)
+class _Opened:
+    """A file whose footer is known."""
+
+    source: Path | pa.NativeFile
+    """A file of an object store stays open: to open it takes a round trip, and being open takes nothing."""
+    footer: pq.FileMetaData
+
+
+def _open(file: Place) -> _Opened:
+    source = file.open() if isinstance(file, Remote) else file
     try:
-        return pq.read_metadata(file)
+        return _Opened(source, pq.read_metadata(source))
     except (OSError, pa.ArrowInvalid) as error:
+        if (failure := store_failure(error)) is not None:
+            raise OSError(f"{file}: {failure}") from None
         raise ValueError(
-            f"{file}: not a readable parquet file, it may be truncated ({_one_line(error)}); prepare the data again"
+            f"{file}: not a readable parquet file, it may be truncated ({one_line(error)}); prepare the data again"
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -19,6 +19,7 @@ import duckdb
 from pydantic import Field, ValidationInfo, field_validator
 
 from msr_dist.config import Kinded, dump, parse
+from msr_dist.data.places import here
 from msr_dist.data.prepare.database import Database, first_line
 from msr_dist.data.prepare.encode import arrow_schema, encode, stream_split
 from msr_dist.data.prepare.mapping import History, Raw, Split
@@ -95,7 +96,7 @@ def prepare(config: PrepareConfig, out: Path, progress: Progress | None = None) 
         ValueError: one line: what was found, where, what to do. `out` is as it was before.
     """
     try:
-        _expect_free(out, config.overwrite)
+        _expect_free(here(out), config.overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.preparing-", dir=out.parent))
     except OSError as error:
