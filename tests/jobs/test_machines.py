@@ -1,10 +1,14 @@
 """Jobs of a Ray of several machines, some of which are lost: what comes of them is what would have come without."""
 
 import json
+import os
+import re
 import signal
+import subprocess
 
 import pytest
-from machines import PATIENCE, Machines, submit, wait_for
+import yaml
+from machines import PATIENCE, REPOSITORY, SETTINGS, Machines, submit, wait_for
 
 import canonical
 import command
@@ -90,6 +94,14 @@ def test_a_machine_lost_in_extraction(tmp_path, machines):
     assert contents(out) == contents(alone.out)
 
 
+def before_stop(group: str) -> list[str]:
+    """The command that the manifests have the first container of these pods run before it is ended."""
+    cluster = next(iter(yaml.safe_load_all((REPOSITORY / "k8s/base/cluster.yaml").read_text())))
+    spec = cluster["spec"][group]
+    (container,) = (spec if isinstance(spec, dict) else spec[0])["template"]["spec"]["containers"]
+    return container["lifecycle"]["preStop"]["exec"]["command"]
+
+
 def contents(store):
     files = [*store.rglob("*.parquet"), *store.rglob("*.json")]
     return {str(file.relative_to(store)): file.read_bytes() for file in files}
@@ -111,9 +123,16 @@ def test_a_job_that_is_stopped_or_whose_head_is_lost_goes_on_when_it_is_submitte
     assert said.count(f"ray job stop --address {machines.address} {submission}") == 2
     client = JobSubmissionClient(machines.address)
     assert client.get_job_status(submission) == "RUNNING"
-    client.stop_job(submission)
-    wait_for(lambda: client.get_job_status(submission).is_terminal())
+    # What Kubernetes runs in the pods of a cluster that it takes away.
+    staying = subprocess.Popen(before_stop("workerGroupSpecs"), env=os.environ | SETTINGS)
+    leaving = [word.replace("http://127.0.0.1:8265", machines.address) for word in before_stop("headGroupSpec")]
+    assert staying.poll() is None
+    subprocess.run(leaving, env=os.environ | SETTINGS, timeout=PATIENCE, check=True)
     assert client.get_job_status(submission) == "STOPPED"
+    stopped = re.search(r"stopped after step (\d+) of \d+ .* which is saved", client.get_job_logs(submission))
+    assert stopped, client.get_job_logs(submission)
+    assert saved(run) == int(stopped[1])
+    assert staying.wait(timeout=PATIENCE) == 0
 
     before = saved(run)
     job = submit(machines, "train", config, "--workers", 2)
