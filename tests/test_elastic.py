@@ -16,6 +16,7 @@ import nodes
 DRIVER = """
 import sys
 from functools import partial
+from pathlib import Path
 import launched
 from msr_dist import launch
 from msr_dist.config import load
@@ -23,7 +24,7 @@ from msr_dist.run import RunConfig
 from msr_dist.train import fewer_workers, train
 launch.log_to_stderr()
 launch._PATIENCE = 3
-run = load(RunConfig, sys.argv[1]).claim_folder()
+run = load(RunConfig, Path(sys.argv[1])).claim_folder()
 held = partial(train, validated=partial(launched.hold, run.folder))
 launch.launch(held, run, "ray", 2, run.folder, 3, fewer_workers(run, 1, 2))
 """
