@@ -119,6 +119,10 @@ class Given:
         """The run to measure."""
         return configured(self.data or planted_data(), MODELS[model], self.batch_size * workers, self.settings)
 
+    def keep(self, measured: str, model: str, figures: dict[str, Any]) -> None:
+        """Add a line, with every setting that was given: two lines that differ in one must not look alike."""
+        add(self.results, {"measured": measured, "model": model, "given": list(self.settings), **figures})
+
 
 _Command = Callable[Concatenate[Given, _More], None]
 
@@ -230,7 +234,7 @@ def step(given: Given, workers: Sequence[int], profile: Path | None, steps: int,
     """A training step on batches that are in memory."""
     for model, count, factor in itertools.product(given.models, workers, times):
         case = Case(given.run(model, count), ("memory",), given.rounds, steps, factor, profile=profile)
-        add(given.results, {"measured": "step", "model": model, **apart(measure, case, count)})
+        given.keep("step", model, apart(measure, case, count))
 
 
 @main.command()
@@ -242,7 +246,7 @@ def end_to_end(given: Given, workers: Sequence[int], profile: Path | None, judge
     """Epochs over parquet files, and as many steps on batches that are in memory."""
     for model, count in itertools.product(given.models, workers):
         case = Case(given.run(model, count), ("parquet", "memory"), given.rounds, judge=judge, profile=profile)
-        add(given.results, {"measured": "end-to-end", "model": model, **apart(measure, case, count)})
+        given.keep("end-to-end", model, apart(measure, case, count))
 
 
 @main.command()
@@ -250,7 +254,7 @@ def end_to_end(given: Given, workers: Sequence[int], profile: Path | None, judge
 def plain(given: Given) -> None:
     """The yardstick: the same model and data as an ordinary PyTorch trainer, in one process with one loading worker."""
     for model in given.models:
-        add(given.results, {"measured": "plain", "model": model, **plainly(given.run(model), given.rounds)})
+        given.keep("plain", model, plainly(given.run(model), given.rounds))
 
 
 @main.command()
@@ -265,7 +269,7 @@ def checkpoint(given: Given, times: int) -> None:
         run = given.run(model)
         with open_world() as world, tempfile.TemporaryDirectory() as folder:
             figures = saved(run, scaled(run.read_schema(), times), times, world, given.rounds, Path(folder))
-        add(given.results, {"measured": "checkpoint", "model": model, "rounds": given.rounds, **figures})
+        given.keep("checkpoint", model, {"rounds": given.rounds, **figures})
 
 
 def saved(run: RunConfig, schema: FeatureSchema, times: int, world: World, rounds: int, folder: Path) -> dict[str, Any]:

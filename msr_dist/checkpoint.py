@@ -173,7 +173,7 @@ class Checkpoints:
         It exists once `finish` returns, or not at all; in the background or not, the one before it does already.
 
         Raises:
-            CheckpointException: this one, or in the background the one before it, could not be written.
+            CheckpointException, OSError: this one, or in the background the one before it, could not be written.
         """
         self.finish()
         target = self._folder / f"stage-{state.stage}-step-{state.step:09d}"
@@ -191,7 +191,7 @@ class Checkpoints:
         return target
 
     def finish(self) -> None:
-        """Wait for what is being written; CheckpointException where it could not be."""
+        """Wait for what is being written; raises, as `save` does, where it could not be."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()

@@ -130,7 +130,8 @@ class Plan:
     estimate: Estimate
     shared: Shared
     fits: bool
-    """If not, the layout is that of ranks with as much more memory as it takes."""
+    """If not, the layout is that of ranks with as much more memory as tables take; the copy for checkpoints counts,
+    although a run without room for it only writes more slowly."""
     copied: bool
     """Whether checkpoints are written from a copy in main memory: see `CheckpointConfig.background`."""
 

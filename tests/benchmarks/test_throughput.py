@@ -62,6 +62,7 @@ def test_epochs_beside_steps_in_memory_and_what_they_learn(tmp_path, data):
     assert set(line["cpu_seconds_per_million_rows"]) == {"parquet", "memory"}
     assert line["auc"]["valid/overall/auc"] > 0.5
     assert line["settings"] == {"precision": "bf16", "dense_rows": 50}
+    assert line["given"] == [*LESS, "precision=bf16", "dense_rows=50"]
 
 
 def test_a_checkpoint(tmp_path, data):
