@@ -1,5 +1,8 @@
+from dataclasses import replace
+
+import pytest
 import torch
-from backbones import build, mixed
+from backbones import build, config, mixed
 from torch import nn
 
 
@@ -31,3 +34,19 @@ def test_two_labels_share_the_experts_alone():
     for own, other in (model.gates, model.towers):
         assert all(parameter.grad.any() for parameter in own.parameters())
         assert not any(parameter.grad.any() for parameter in other.parameters())
+
+
+def test_scenarios_that_share_everything_differ_by_a_feature():
+    model, batch = build("mmoe", labels=2, per_scenario=False, scenario_width=5), mixed(30)
+    assert all(parameter.shape[0] == 1 for part in (model.gates, model.towers) for parameter in part.parameters())
+    logits = model(batch)
+    assert logits.shape == (30, 2)
+    one = replace(batch, scenario=torch.zeros_like(batch.scenario))
+    assert not torch.allclose(model(one), logits)
+    nn.init.zeros_(model.scenario.weight)
+    torch.testing.assert_close(model(one), model(batch))
+
+
+def test_a_width_that_nothing_has_is_refused():
+    with pytest.raises(ValueError, match="per_scenario=false"):
+        config("mmoe", scenario_width=8)
