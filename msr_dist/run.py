@@ -20,6 +20,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from msr_dist.checkpoint import CheckpointConfig
+from msr_dist.compiled import compile_layers
 from msr_dist.config import Config, component, dump, load
 from msr_dist.data.loader import LoaderConfig
 from msr_dist.data.places import Data, Folder
@@ -96,8 +97,8 @@ class EvaluationConfig(Config):
 class RunConfig(Config):
     """Everything about a run.
 
-    `seed`, `data`, `loader`, `embeddings`, `knowledge`, `model`, `precision`, `dense_rows`, `communication` and
-    `stages` decide its losses.
+    `seed`, `data`, `loader`, `embeddings`, `knowledge`, `model`, `precision`, `dense_rows`, `communication`, `compile`
+    and `stages` decide its losses.
     """
 
     name: str = Field(min_length=1, pattern=r"^\w[\w.-]*$")
@@ -127,6 +128,9 @@ class RunConfig(Config):
     communication: Communication = "fp32"
     """Of tables' vectors and gradients on their way between ranks: bf16 and fp16 (with gradients in bf16) are half the
     bytes, for networks that are slower than the ranks. Then losses depend a little on the number of ranks."""
+    compile: bool = False
+    """MLPs and experts become kernels of torch.compile, which takes a minute at the start and needs a C++ compiler. For
+    GPUs: on CPUs these layers take 1.3 to 2.3 times as long. Losses differ in the last digits."""
     parallel: ParallelConfig = ParallelConfig()
     stages: tuple[StageConfig, ...] = Field(default=(StageConfig(),), min_length=1)
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -289,6 +293,8 @@ class RunConfig(Config):
         stage = self.stages[index]
         recommender = self.recommender(schema, index)
         recommender.head.to(world.device)
+        if self.compile:
+            compile_layers(recommender.head, world.device)
         rows = -(-self.loader.batch_size // world.world_size)
         reserved = recommender.reserved_rows(schema)
         fixed = {table: UserVectors(schema, self.seed) for table in _fixed(schema)}
@@ -375,8 +381,8 @@ def _losses(run: RunConfig) -> dict[str, Any]:
             flat[prefix] = value
 
     whole = run.absolute().model_dump(mode="json")
-    keys = ("seed", "data", "loader", "embeddings", "knowledge", "model", "precision", "dense_rows", "communication")
-    for key in keys:
+    keys = ("seed", "data", "loader", "embeddings", "knowledge", "model")
+    for key in (*keys, "precision", "dense_rows", "communication", "compile"):
         walk(key, whole[key])
     for index, stage in enumerate(whole["stages"]):
         walk(f"stages.{index}", stage)
