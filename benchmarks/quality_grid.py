@@ -113,6 +113,8 @@ class DataConfig(Config):
     """What the search tries on these data besides."""
     knowledge: KnowledgeConfig | None = None
     """What models read that read a language model's vectors."""
+    stores: dict[str, KnowledgeConfig] = {}
+    """Other vectors of the same users, by name, for the models that `reads` says."""
     extract: str = ""
     """The command that makes these vectors, shown where they are missing."""
 
@@ -124,18 +126,15 @@ class DataConfig(Config):
     @property
     def vectors_here(self) -> bool:
         """Whether the vectors, if there are any to read, are on this machine in the width that models read."""
-        if self.knowledge is None:
-            return True
-        store = self.knowledge.store
-        return all((each / MANIFEST_FILE).is_file() for each in (store, table_folder(store, self.knowledge.width)))
+        return all(map(_stands, self._all_knowledge()))
 
     def require(self, splits: Sequence[str]) -> None:
         """ValueError where the data are not there, or one of `splits` is absent or has a damaged file."""
         if not self.here:
             raise ValueError(f"data set {self.name}: no data in {self.folder}; make them: {self.prepare}")
         try:
-            if self.knowledge is not None:
-                self.knowledge.apply(FeatureSchema.read(self.folder), self.folder)
+            for knowledge in self._all_knowledge():
+                knowledge.apply(FeatureSchema.read(self.folder), self.folder)
         except ValueError as error:
             raise ValueError(f"data set {self.name}: {error}; the command was: {self.extract}") from None
         try:
@@ -144,6 +143,9 @@ class DataConfig(Config):
                 ParquetSource(self.folder / split, schema)
         except ValueError as error:
             raise ValueError(f"data set {self.name}: {error}; the command was: {self.prepare}") from None
+
+    def _all_knowledge(self) -> list[KnowledgeConfig]:
+        return [*([] if self.knowledge is None else [self.knowledge]), *self.stores.values()]
 
     def digest(self) -> str:
         """What tells these data from others: schema, and every byte of the train and valid splits.
@@ -205,6 +207,8 @@ class GridConfig(Config):
     """Name and settings of each model; the name is its kind unless the settings say another."""
     against: dict[str, tuple[str, ...]] = {}
     """By model, the others that it is held against: its backbone, its controls. A gain counts that holds over all."""
+    reads: dict[str, str] = {}
+    """By model, which of the data sets' `stores` it reads; the other models read their `knowledge`."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -212,6 +216,11 @@ class GridConfig(Config):
             for name in (model, *others):
                 if name not in self.models:
                     raise ValueError(f"against.{model}: the grid has no model {name!r}")
+        for model, store in self.reads.items():
+            if model not in self.models:
+                raise ValueError(f"reads.{model}: the grid has no model {model!r}")
+            if lacking := [data.name for data in self.data if store not in data.stores]:
+                raise ValueError(f"reads.{model}: data set {lacking[0]} has no stores.{store}")
         for space in (self.search.space, *(data.space for data in self.data)):
             if empty := [key for key, values in space.items() if not values]:
                 raise ValueError(f"space.{empty[0]} has no values to choose from")
@@ -400,7 +409,7 @@ class Grid:
             | {"data": str(data.folder.absolute()), "model": self._settings_of(model)}
         )
         if data.knowledge is not None and self._reads_knowledge(model):
-            raw["knowledge"] = self._knowledge(data).model_dump(mode="json", exclude_none=True)
+            raw["knowledge"] = self._knowledge(data, model).model_dump(mode="json", exclude_none=True)
         raw = merge(raw, data.set)
         name = f"{data.name}-{model}-{'seed' if final == 'test' else 'trial'}-"
         name += str(seed) if final == "test" else _digest(dict(chosen))
@@ -423,15 +432,23 @@ class Grid:
             return False
         return issubclass(config, BackboneConfig) and config.reads_knowledge
 
-    def _knowledge(self, data: DataConfig) -> KnowledgeConfig:
-        """What models read, with its digest: where the vectors are not on this machine, that of the newest line."""
-        assert data.knowledge is not None
-        if data.vectors_here:
-            here = data.knowledge.model_copy(update={"store": data.knowledge.store.absolute()})
-            return here.pinned()
+    def _knowledge(self, data: DataConfig, model: str) -> KnowledgeConfig:
+        """What a model reads, with its digest: where the vectors are not on this machine, that of its newest line."""
+        store = self.config.reads.get(model)
+        knowledge = data.knowledge if store is None else data.stores[store]
+        assert knowledge is not None
+        if _stands(knowledge):
+            return knowledge.model_copy(update={"store": knowledge.store.absolute()}).pinned()
         lines = [line for split in SPLITS for line in read_lines(self.file_of(data.name, split))[0]]
-        digests = [known["digest"] for line in lines if (known := line.settings.get("knowledge"))]
-        return data.knowledge.model_copy(update={"digest": digests[-1] if digests else None})
+        mine = [line.settings for line in lines if self.config.reads.get(line.model) == store]
+        digests = [known["digest"] for settings in mine if (known := settings.get("knowledge"))]
+        return knowledge.model_copy(update={"digest": digests[-1] if digests else None})
+
+
+def _stands(knowledge: KnowledgeConfig) -> bool:
+    """Whether the vectors are on this machine, in the width that models read."""
+    store = knowledge.store
+    return all((folder / MANIFEST_FILE).is_file() for folder in (store, table_folder(store, knowledge.width)))
 
 
 def execute(text: str) -> Outcome:

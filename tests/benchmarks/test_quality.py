@@ -427,6 +427,35 @@ def test_models_that_read_knowledge_are_held_against_their_backbone_and_controls
     assert {case.model for case in standing(grid_of, tmp_path)} == {"mlp"}
 
 
+def test_a_model_may_read_other_vectors_than_the_rest(tmp_path, data, grid_of):
+    stores.write_vocabulary(data)
+    for seed, name in enumerate(("store", "words")):
+        stores.write(tmp_path / name, data, seed=seed)
+    given = knowing(tmp_path)
+    given["data"][0]["stores"] = {"words": {"store": str(tmp_path / "words"), "width": stores.TABLE_WIDTH}}
+    given["models"] = given["models"] | {"reading": given["models"]["knowing"]}
+    given["reads"] = {"reading": "words"}
+
+    def digests() -> dict:
+        grid = grid_of(tmp_path, **given)
+        cases = grid.finals(grid.config.data[0], ["mlp", "knowing", "guessing", "reading"], [0])
+        for case in cases:
+            if case.key not in grid.lines("small", "test"):
+                grid.record(case, outcome({"home": 0.6}))
+        return {case.model: case.run.knowledge and case.run.knowledge.digest for case in cases}
+
+    first = digests()
+    assert first["mlp"] is None
+    assert first["knowing"] == first["guessing"] != first["reading"]
+    # Where one store is not at hand, what its own models read is known by their lines.
+    shutil.move(tmp_path / "words", tmp_path / "elsewhere")
+    assert digests() == first
+    with pytest.raises(ValueError, match=r"reads\.reading: data set small has no stores\.text"):
+        grid_of(tmp_path, **given | {"reads": {"reading": "text"}})
+    with pytest.raises(ValueError, match=r"reads\.nobody: the grid has no model 'nobody'"):
+        grid_of(tmp_path, **given | {"reads": {"nobody": "words"}})
+
+
 def test_data_are_told_by_their_bytes_where_the_vectors_are_absent(tmp_path, data, grid_of):
     stores.write_vocabulary(data)
     shutil.rmtree(stores.write(tmp_path / "store", data) / f"pca-{stores.TABLE_WIDTH}")
