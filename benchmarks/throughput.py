@@ -166,6 +166,8 @@ _profile = click.option("--profile", type=_PATH, help="Also write rank 0's trace
 @click.option("--workers", type=click.IntRange(1), default=1, help="Of whose batches the first one's are made.")
 def loader(given: Given, wide: bool, workers: int) -> None:
     """Rows per CPU-second of the loader alone, and of pyarrow that only decodes the same columns."""
+    # As in training: what a step has freed is kept for the next one.
+    set_threads(1)
     folder = given.data or (wide_data() if wide else planted_data())
     schema = FeatureSchema.read(folder)
     run = configured(folder, MODELS["mlp"], given.batch_size * workers, [])

@@ -364,8 +364,8 @@ class Planner:
     def _ready_row(self) -> float:
         """Bytes of a decoded row that stands ready: ids, lists and their offsets, numbers, scenario, and labels."""
         lists, labels = len(self._lengths), len(self._schema.labels)
-        single = np.dtype(id_type(self._schema)).itemsize * (len(self._schema.features) - lists)
-        numbers = 4 * (len(self._schema.numerics) + 1 + labels * has_weights(self._schema)) + labels
+        single = np.dtype(id_type(self._schema)).itemsize * (len(self._schema.features) - lists + 1 + labels)
+        numbers = 4 * (len(self._schema.numerics) + labels * has_weights(self._schema))
         return single + 8 * lists * (self._list_length + 1) + numbers
 
     def _measure(self) -> tuple[int, float, float, float]:

@@ -66,16 +66,12 @@ Floats = npt.NDArray[np.float32]
 class Rows:
     """Some rows as plain arrays; `n` rows, `F` single-valued features, `N` numerics, `T` labels."""
 
-    ids: Narrow
-    """`[F, n]`."""
+    integers: Narrow
+    """`[1 + T + F, n]`: scenario, labels, ids. One matrix, for a batch takes pieces of many."""
     lists: tuple[tuple[Ints, Ints], ...]
     """Per multi-valued feature: all values one after the other, and `[n + 1]` offsets into them."""
     numeric: Floats
     """`[N, n]`."""
-    scenario: Narrow
-    """`[n]`."""
-    labels: Narrow
-    """`[T, n]`."""
     weights: Floats | None
     """`[T, n]`; None where all are 1."""
 
@@ -90,8 +86,7 @@ class Rows:
         )
         one = slice(row, row + 1)
         return Rows(
-            self.ids[:, one].repeat(count, 1), lists, self.numeric[:, one].repeat(count, 1),
-            self.scenario[one].repeat(count), self.labels[:, one].repeat(count, 1),
+            self.integers[:, one].repeat(count, 1), lists, self.numeric[:, one].repeat(count, 1),
             None if self.weights is None else self.weights[:, one].repeat(count, 1),
         )  # fmt: skip
 
@@ -266,29 +261,30 @@ def _decode(table: pa.Table, schema: FeatureSchema, permutation: Ints | None) ->
             for (factor,) in (stack([name], np.float32) for name in (label.weight, label.mask) if name):
                 line *= factor
 
-    (scenario,) = stack([schema.scenario], np.int32)
+    single = [feature.name for feature in schema.features if not feature.pooling]
+    labels = [label.name for label in schema.labels]
+    integers = stack([schema.scenario, *labels, *single], id_type(schema))
+    scenario = integers[0]
+    _own(integers[1 + len(labels) :], scenario, schema)
     return Rows(
-        ids=_own(stack([f.name for f in schema.features if not f.pooling], id_type(schema)), scenario, schema),
+        integers=integers,
         lists=tuple(
             _own_list(_decode_list(table[f.name], permutation), f, scenario, schema)
             for f in schema.features
             if f.pooling
         ),
         numeric=stack([numeric.name for numeric in schema.numerics], np.float32),
-        scenario=scenario,
-        labels=stack([label.name for label in schema.labels], np.uint8),
         weights=weights,
     )
 
 
-def _own(ids: Narrow, scenario: Narrow, schema: FeatureSchema) -> Narrow:
-    """`ids` `[F, n]` where the tables of some features hold vectors for each scenario: see `Table.per_scenario`."""
+def _own(ids: Narrow, scenario: Narrow, schema: FeatureSchema) -> None:
+    """Change `ids` `[F, n]` where the tables of features hold vectors for each scenario: see `Table.per_scenario`."""
     for line, feature in zip(ids, (f for f in schema.features if not f.pooling), strict=True):
         copies = schema.copies(schema.table(feature.table))
         if copies > 1:
             line *= copies
             line += np.array(schema.owners(), line.dtype)[scenario]
-    return ids
 
 
 def _own_list(
@@ -319,26 +315,28 @@ def _assemble(schema: FeatureSchema, parts: list[Part], numbers: Ints, rows_per_
         for of_parts in zip(*(part.rows.lists for part in parts), strict=True)
         for part, (values, offsets) in zip(parts, of_parts, strict=True)
     ]
-    features, rows = len(parts[0].rows.ids), len(numbers)
-    ids = np.empty(features * rows + sum(len(values) for values, _ in flat), np.int64)
-    _side_by_side(parts, lambda of: of.ids, torch.from_numpy(ids[: features * rows].reshape(features, rows)))
+    lines, rows, labels = len(parts[0].rows.integers), len(numbers), len(schema.labels)
+    # Ids come last, so that those of lists can follow them.
+    integers = torch.empty(lines * rows + sum(len(values) for values, _ in flat), dtype=torch.int64)
+    scenario, *_ = whole = integers[: lines * rows].view(lines, rows)
+    _side_by_side(parts, lambda of: of.integers, whole)
+    ids = integers[(1 + labels) * rows :]
+    single = _ones((lines - 1 - labels) * rows)
     row = torch.from_numpy(numbers)
-    weights = (row != PADDING).to(torch.float32)[:, None].repeat(1, len(schema.labels))
+    weights = (row != PADDING).to(torch.float32)[:, None].repeat(1, labels)
     if has_weights(schema):
         weights *= _side_by_side(parts, lambda of: of.weights).T
     if flat:
-        np.concatenate([values for values, _ in flat], out=ids[features * rows :])
+        np.concatenate([values for values, _ in flat], out=ids[len(single) :].numpy())
     return ScenarioBatch(
         ids=KeyedJaggedTensor(
             keys=feature_names(schema),
-            values=torch.from_numpy(ids),
-            lengths=torch.cat([_ones(features * rows), *(torch.from_numpy(lengths) for _, lengths in flat)])
-            if flat
-            else _ones(features * rows),
+            values=ids,
+            lengths=torch.cat([single, *(torch.from_numpy(lengths) for _, lengths in flat)]) if flat else single,
         ),
-        numeric=_side_by_side(parts, lambda of: of.numeric).T.contiguous(),
-        scenario=_side_by_side(parts, lambda of: of.scenario).long(),
-        labels=_side_by_side(parts, lambda of: of.labels).T.to(torch.float32, memory_format=torch.contiguous_format),
+        numeric=_side_by_side(parts, lambda of: of.numeric).T.contiguous() if schema.numerics else torch.empty(rows, 0),
+        scenario=scenario,
+        labels=whole[1 : 1 + labels].T.to(torch.float32, memory_format=torch.contiguous_format),
         weights=weights,
         row=row,
         rows_per_rank=rows_per_rank,
