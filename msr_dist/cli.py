@@ -259,6 +259,8 @@ def plan(
         click.echo(
             f"main     {size_text(most)} of a rank's main memory, for cached tables and to write checkpoints from"
         )
+    if run.checkpoint.in_background(wanted.device) and not found.copied:
+        click.echo("saving   training waits while checkpoints are written: there is no room for a copy of the tables")
     click.echo(f"step     {found.estimate.milliseconds:.1f} ms of lookups and their communication, by TorchRec's model")
     click.echo(f"fewest   {fewest.machines.ranks if fewest else 'no number'} of those that divide loader.partitions")
     if out is not None:

@@ -130,10 +130,10 @@ class Plan:
     estimate: Estimate
     shared: Shared
     fits: bool
-    """If not, the layout is that of ranks with as much more memory as tables take; the copy for checkpoints counts,
-    although a run without room for it only writes more slowly."""
+    """If not, the layout is that of ranks with as much more memory as tables take."""
     copied: bool
-    """Whether checkpoints are written from a copy in main memory: see `CheckpointConfig.background`."""
+    """Whether checkpoints are written from a copy in main memory: it is asked for, and there is room or nothing fits.
+    See `CheckpointConfig.background`."""
 
     def rank_bytes(self, rank: int) -> dict[str, int]:
         """Bytes that a rank needs of its memory, or of its GPU's, by what they are for."""
@@ -166,7 +166,7 @@ class Plan:
 
     @property
     def has_room(self) -> bool:
-        """Whether all that ranks need, with the copy for checkpoints, is within the memory that is known."""
+        """Whether all that ranks need, with the copy for checkpoints if any, is within the memory that is known."""
         machines = self.machines
         enough = sum(self.rank_bytes(self.fullest).values()) <= machines.usable
         if machines.device == "cuda" and machines.memory:
@@ -291,8 +291,10 @@ class Planner:
             try:
                 if left > 0:
                     found = self._run.estimate(self._schema, self._stage, world, capacity, self._lengths)
-                    plan = Plan(machines, self._schema, found, shared, fits, copied)
-                    return replace(plan, fits=fits and plan.has_room)
+                    wanted = Plan(machines, self._schema, found, shared, fits, copied)
+                    # Without room for the copy a run only writes more slowly.
+                    plans = (wanted, replace(wanted, copied=False)) if fits else ()
+                    return next((plan for plan in plans if plan.has_room), replace(wanted, fits=False))
             except DoesNotFitError:
                 pass
             left, main, fits = int(max(left, _LEAST) * _MORE), int(main * _MORE), False

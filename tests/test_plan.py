@@ -230,10 +230,13 @@ def test_gpu_tables_go_to_main_memory_where_asked_or_where_they_must(tmp_path, d
     assert not small.fits
     # 3.6 GB of cached tables and their state, and as much again to write checkpoints from.
     full = planner(run_config(tmp_path, data, parallel={"cache": 0.2}), rows).plan(replace(one, memory=6 * GIB))
-    assert not full.fits
+    assert full.fits
+    assert full.main_bytes(0) == users
+    assert must.copied
+    assert not full.copied
 
 
-def test_on_cpu_a_copy_for_checkpoints_is_foreseen(tmp_path, data):
+def test_on_cpu_a_copy_for_checkpoints_is_foreseen_where_there_is_room(tmp_path, data):
     rows = ("users=20_000_000",)
     alone = planner(run_config(tmp_path, data), rows).plan(CPUS)
     copying = planner(run_config(tmp_path, data, checkpoint={"background": True}), rows).plan(CPUS)
@@ -243,9 +246,15 @@ def test_on_cpu_a_copy_for_checkpoints_is_foreseen(tmp_path, data):
         found[part] for part in ("tables", "optimizer state of tables", "dense parameters", "dense optimizer")
     )
     # Room for 0.72 GB of a table and its state, and for half as much again.
-    tight = Machines("cpu", 1, alone.shared.total + 1_080_000_000)
-    assert planner(run_config(tmp_path, data), rows).plan(tight).fits
-    assert not planner(run_config(tmp_path, data, checkpoint={"background": True}), rows).plan(tight).fits
+    tight = planner(run_config(tmp_path, data, checkpoint={"background": True}), rows).plan(
+        Machines("cpu", 1, alone.shared.total + 1_080_000_000)
+    )
+    assert tight.fits
+    assert "copy for checkpoints" not in tight.rank_bytes(0)
+    small = planner(run_config(tmp_path, data, checkpoint={"background": True}), rows).plan(
+        Machines("cpu", 1, alone.shared.total + 700_000_000)
+    )
+    assert not small.fits
 
 
 def test_cached_tables_need_main_memory(tmp_path, data):
@@ -320,6 +329,19 @@ def test_the_command(tmp_path, data, capsys):
         main([*words, "--memory", "600MiB", "--rows", "users=1_000_000_000"])
     assert end.value.code == 1
     assert "fits     NO" in capsys.readouterr().out
+
+
+def test_the_command_says_where_there_is_no_room_for_a_copy(tmp_path, data, capsys):
+    config = command.write_config(tmp_path, data, checkpoint={"background": True})
+    waits = "training waits while checkpoints are written"
+    # Beside what a process takes, 0.72 GB of a table and its state, and half of that or twice as much.
+    process = psutil.Process().memory_info().rss
+    for memory, said in ((f"{process + 2_160_000_000 >> 20}MiB", False), (f"{process + 1_080_000_000 >> 20}MiB", True)):
+        with pytest.raises(SystemExit) as end:
+            main(["plan", str(config), "--cpus", "1", "--memory", memory, "--rows", "users=20_000_000"])
+        out = capsys.readouterr().out
+        assert end.value.code == 0, out
+        assert (waits in out) == said, out
 
 
 @pytest.mark.parametrize(
