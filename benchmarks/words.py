@@ -2,8 +2,8 @@
 
 python benchmarks/words.py knowledge/arts-office knowledge/arts-office-words
 
-TF-IDF of all texts in a user's history, the very texts of the prompts, in as many singular vectors as training reads.
-What LLM4MSR gains with these is worth of the texts; only what it gains beyond them is the language model's. The new
+TF-IDF of all texts in a user's history, of which the prompts are made, in as many singular vectors as training reads.
+What LLM4MSR gains with these is owed to the texts; only what it gains beyond them, to the language model. The new
 store holds the same users as the old one and stands wherever a store does: give it as `knowledge.store`.
 """
 
