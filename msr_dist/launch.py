@@ -44,6 +44,9 @@ remembered by a worker's machine."""
 _KEPT = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 """glibc keeps freed memory for the next step, instead of having the system clear the same pages again and again: a step
 on CPUs takes about a tenth less. Is read where a process starts, so it holds for those that are started from now on."""
+_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+"""oneDNN keeps a kernel, with what it works in, for each of the last 1,024 shapes; but scenarios have other numbers of
+rows in every batch. In bf16 that took half a GiB for nothing."""
 
 
 def set_threads(workers: int) -> dict[str, str]:
@@ -53,7 +56,8 @@ def set_threads(workers: int) -> dict[str, str]:
     slower; none at all, as passive would have it, wakes threads for every small product and takes up to twice as long.
     """
     threads = str(max(1, (os.cpu_count() or 1) // workers))
-    settings = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"} | _KEPT
+    settings = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
+    settings |= _KEPT | _KERNELS
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     _keep_memory()
