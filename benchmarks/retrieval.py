@@ -146,14 +146,17 @@ class Grid:
     def final(self, data: DataConfig, model: str, seed: int) -> Piece | None:
         """The run of the best trial's settings with `seed`; None as long as trials are missing.
 
-        What learns nothing is run with the first seed alone.
+        What learns nothing is run with the first seed alone. None as well where every trial has failed.
         """
         if self.config.models[model].untrained and seed != self.config.seeds[0]:
             return None
         trials, known = self.trials(data, model), self.lines(data.name, "valid")
         if any(trial.key not in known for trial in trials):
             return None
-        best = max(trials, key=lambda trial: self.worth(known[trial.key]), default=None)
+        done = [trial for trial in trials if "failed" not in known[trial.key]]
+        if trials and not done:
+            return None
+        best = max(done, key=lambda trial: self.worth(known[trial.key]), default=None)
         chosen = json.loads(best.chosen) if best else {}
         return self._piece(data, model, seed, chosen, "test")
 
@@ -224,15 +227,19 @@ class Runner:
         return self.outcome
 
     def outcome(self, piece: Piece) -> dict[str, Any]:
-        """The report of a run, and how long it took; its folder is deleted."""
+        """The report of a run and how long it took, or why it failed; its folder is deleted."""
         with tempfile.TemporaryDirectory(prefix="retrieval-") as folder:
             run = parse(RunConfig, merge(tomllib.loads(piece.run), [f"runs={folder}"]), where=str(piece)).claim_folder()
             begun = time.monotonic()
-            if piece.untrained:
-                report = untrained(run, piece.untrained, piece.split).to_json()
-            else:
-                train(run)
-                report = json.loads(metrics_file(run.folder, piece.split).read_text())
+            try:
+                if piece.untrained:
+                    report = untrained(run, piece.untrained, piece.split).to_json()
+                else:
+                    train(run)
+                    report = json.loads(metrics_file(run.folder, piece.split).read_text())
+            except ValueError as error:
+                # Such as pairs that these data do not have: no setting to choose, and no reason to end the search.
+                return {"failed": " ".join(str(error).split())}
             return {"report": report, "seconds": round(time.monotonic() - begun, 1)}
 
 
@@ -337,13 +344,19 @@ def run(
         failed = []
         with Workers(Runner(), launcher, workers, device="cpu") as crew:
             for phase in _phases(opened, chosen, names):
-                missing = [piece for piece in phase if piece.key not in opened.lines(piece.data, piece.split)]
+                known = {piece.key: opened.lines(piece.data, piece.split).get(piece.key) for piece in phase}
+                missing = [piece for piece in phase if known[piece.key] is None]
+                failed += [
+                    f"{piece}: {line['failed']}" for piece in phase if "failed" in (line := known[piece.key] or {})
+                ]
                 progress = Progress("retrieval", len(missing), unit="run")
                 for piece, outcome in crew.attempt(missing, retries=0):
                     if isinstance(outcome, Lost):
                         failed.append(f"{piece}: {outcome.how}")
                     else:
                         opened.record(piece, outcome)
+                        if "failed" in outcome:
+                            failed.append(f"{piece}: {outcome['failed']}")
                     progress.advance(values={"last": str(piece)})
                 progress.close()
     except ValueError as error:
@@ -391,7 +404,7 @@ def _section(grid: Grid, data: DataConfig) -> str:
     for model in grid.config.models:
         for seed in grid.config.seeds:
             piece = grid.final(data, model, seed)
-            if piece is not None and piece.key in known:
+            if piece is not None and "report" in known.get(piece.key, {}):
                 by_model.setdefault(model, {})[seed] = known[piece.key]
     if not by_model:
         return f"## {data.name}\n\nNo results yet."

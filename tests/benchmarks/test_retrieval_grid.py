@@ -1,14 +1,19 @@
 """The comparison of retrieval models, through its own command, on small data."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tomli_w
 
+import canonical
 import choices
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "retrieval.py"
@@ -141,6 +146,37 @@ def test_a_grid_is_searched_run_resumed_and_told(tmp_path, data):
     assert "| popular | 1 |" in page
     assert "| sass | 2 |" in page
     assert "- sass over base, 2 seeds: mean " in page
+
+
+def apart(folder: Path, data: Path) -> Path:
+    """The same data, but that no item of training is chosen in two scenarios."""
+    shutil.copytree(data, folder)
+    rows = pa.concat_tables(pq.read_table(file) for file in sorted((data / "train").glob("*.parquet")))
+    item, scenario = rows["item"].to_numpy(), rows["scenario"].to_numpy()
+    few = choices.TAUGHT
+    own = np.where(item > 0, np.minimum(item, choices.NEVER_ITEM - 1 - few) // few * few + 1 + scenario, 0)
+    rows = rows.set_column(rows.schema.get_field_index("item"), "item", pa.array(own))
+    shutil.rmtree(folder / "train")
+    canonical.write_split(folder / "train", rows, canonical.uneven(rows.num_rows, 12, 0))
+    return folder
+
+
+def test_a_trial_that_the_data_cannot_have_is_told_and_not_chosen(tmp_path, data):
+    data = apart(tmp_path / "apart", data)
+    pairs = {"stages.contrast.objective.sides": ["item", "both"], "stages.contrast.objective.space": ["labelled"]}
+    models = {"sass": {}}
+    grid = write_grid(tmp_path, data, seeds=[0], models=models, against=[], search={"trials": 2, "space": pairs})
+    for _ in range(2):
+        done = call("run", grid, "--results", tmp_path / "results", "--workers", 1)
+        assert done.returncode == 1
+        assert "failed: small-sass-valid-0: " in done.stderr
+        assert "nobody was seen in two scenarios" in done.stderr
+    found = [json.loads(line) for line in (tmp_path / "results/small/small-search.jsonl").read_text().splitlines()]
+    assert ["failed" in line for line in found] == ["item" in line["chosen"].values() for line in found]
+    assert len(found) == 2
+    (final,) = [json.loads(line) for line in (tmp_path / "results/small/small.jsonl").read_text().splitlines()]
+    assert final["chosen"]["stages.contrast.objective.sides"] == "both"
+    assert call("report", grid, "--results", tmp_path / "results").returncode == 0
 
 
 def test_what_is_wrong_is_one_line(tmp_path, data):
