@@ -346,9 +346,8 @@ def run(
             for phase in _phases(opened, chosen, names):
                 known = {piece.key: opened.lines(piece.data, piece.split).get(piece.key) for piece in phase}
                 missing = [piece for piece in phase if known[piece.key] is None]
-                failed += [
-                    f"{piece}: {line['failed']}" for piece in phase if "failed" in (line := known[piece.key] or {})
-                ]
+                stands = [(piece, known[piece.key] or {}) for piece in phase]
+                failed += [f"{piece}: {found['failed']}" for piece, found in stands if "failed" in found]
                 progress = Progress("retrieval", len(missing), unit="run")
                 for piece, outcome in crew.attempt(missing, retries=0):
                     if isinstance(outcome, Lost):
