@@ -164,14 +164,16 @@ class Loader:
         # Equal batches are what collectives need.
         width = each * max(stop - start for start, stop in shares)
         parts: list[Part] = []
-        numbers = np.full((len(streams), width), PADDING, np.int64)
-        for stream, line in zip(streams, numbers, strict=True):
+        begins, sizes = np.empty((2, len(streams), 1), np.int64)
+        for place, stream in enumerate(streams):
             start, stop = (each * place for place in shares[stream.partition])
             taken = stream.take(start, stop)
             parts += taken
             if missing := width - (stop - start):
                 parts.append(Part(taken[0].rows.padding(taken[0].start, missing), 0, missing))
-            line[: stop - start] = np.arange(stream.first_row + start, stream.first_row + stop)
+            begins[place], sizes[place] = stream.first_row + start, stop - start
+        places = np.arange(width)
+        numbers = np.where(places < sizes, begins + places, PADDING)
         rows = sum(stop - start for start, stop in shares)
         return _assemble(self._schema, parts, numbers.ravel(), rows / self._world_size)
 
@@ -246,13 +248,12 @@ def _decode(table: pa.Table, schema: FeatureSchema, permutation: Ints | None) ->
     def stack(names: list[str], dtype: type) -> npt.NDArray[Any]:
         lines = np.empty((len(names), table.num_rows), dtype)
         for name, line in zip(names, lines, strict=True):
-            values = table[name].to_numpy().astype(dtype, copy=False)
-            if permutation is None:
-                line[:] = values
-            else:
-                # A permutation is never out of range: clipping only spares numpy a copy in case it were.
-                values.take(permutation, out=line, mode="clip")
-        return lines
+            filled = 0
+            for chunk in table[name].iterchunks():
+                line[filled : filled + len(chunk)] = chunk.to_numpy(zero_copy_only=False)
+                filled += len(chunk)
+        # A permutation is never out of range: clipping only spares numpy a look at each of its numbers.
+        return lines if permutation is None else lines.take(permutation, axis=1, mode="clip")
 
     weights = None
     if has_weights(schema):
@@ -303,10 +304,15 @@ def _decode_list(column: pa.ChunkedArray, permutation: Ints | None) -> tuple[Int
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks)
-    if permutation is not None:
-        array = array.take(pa.array(permutation))
-    offsets = array.offsets.to_numpy().astype(np.int64)
-    return array.values.to_numpy(), offsets
+    values, offsets = array.values.to_numpy(), array.offsets.to_numpy().astype(np.int64)
+    if permutation is None:
+        return values, offsets
+    lengths, whence = np.diff(offsets)[permutation], offsets[permutation]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    # Not arrow's take, which needs several times as long for lists.
+    places = np.repeat(whence - offsets[:-1], lengths)
+    places += np.arange(len(places))
+    return values.take(places, mode="clip"), offsets
 
 
 def _assemble(schema: FeatureSchema, parts: list[Part], numbers: Ints, rows_per_rank: float) -> ScenarioBatch:
@@ -323,9 +329,14 @@ def _assemble(schema: FeatureSchema, parts: list[Part], numbers: Ints, rows_per_
     ids = integers[(1 + labels) * rows :]
     single = _ones((lines - 1 - labels) * rows)
     row = torch.from_numpy(numbers)
-    weights = (row != PADDING).to(torch.float32)[:, None].repeat(1, labels)
+    truth = torch.empty(rows, labels)
+    for column, line in zip(truth.unbind(1), whole[1 : 1 + labels], strict=True):
+        column.copy_(line)
+    weights = torch.ones(rows, labels)
     if has_weights(schema):
-        weights *= _side_by_side(parts, lambda of: of.weights).T
+        weights = _side_by_side(parts, lambda of: of.weights).T.contiguous()
+    if numbers.min() == PADDING:
+        weights[row == PADDING] = 0
     if flat:
         np.concatenate([values for values, _ in flat], out=ids[len(single) :].numpy())
     return ScenarioBatch(
@@ -336,7 +347,7 @@ def _assemble(schema: FeatureSchema, parts: list[Part], numbers: Ints, rows_per_
         ),
         numeric=_side_by_side(parts, lambda of: of.numeric).T.contiguous() if schema.numerics else torch.empty(rows, 0),
         scenario=scenario,
-        labels=whole[1 : 1 + labels].T.to(torch.float32, memory_format=torch.contiguous_format),
+        labels=truth,
         weights=weights,
         row=row,
         rows_per_rank=rows_per_rank,

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -45,6 +44,7 @@ class ParquetSource:
         """
         self.schema = schema
         self.columns = schema.columns()
+        self._bounds = list(_bounds(schema))
         files: list[Place] = sorted(folder.glob("*.parquet"))
         if not files:
             raise ValueError(f"{folder}: no parquet files there; make the data with `msr-dist prepare`")
@@ -107,26 +107,36 @@ class ParquetSource:
         return expected
 
     def _faults(self, table: pa.Table) -> Iterator[tuple[str, str]]:
-        for column in self.columns:
-            nulls = table[column].null_count
-            if nulls:
-                yield column, f"{nulls} nulls"
+        if not table.num_rows:
+            return
+        arrays = {name: column.chunk(0) for name, column in zip(table.column_names, table.itercolumns(), strict=True)}
+        for name, array in arrays.items():
+            if nulls := array.null_count:
+                yield name, f"{nulls} nulls"
+        for name, most, what in self._bounds:
+            array = arrays[name]
+            if _is_list(array.type):
+                array = array.flatten()
+                if nulls := array.null_count:
+                    yield name, f"{nulls} nulls within lists"
+            yield from _outside(name, array, most, what)
         schema = self.schema
-        for feature in schema.features:
-            values = pc.list_flatten(table[feature.name]) if feature.pooling else table[feature.name]
-            if feature.pooling and values.null_count:
-                yield feature.name, f"{values.null_count} nulls within lists"
-            of = schema.table(feature.table)
-            most, having = (OPEN_IDS, "an open vocabulary") if of.is_open else (of.rows, f"{of.rows} rows")
-            yield from _outside(feature.name, values, 0, most - 1, f"ids of table {of.name!r} with {having}")
-        yield from _outside(schema.scenario, table[schema.scenario], 0, len(schema.scenarios) - 1, "scenarios")
-        for label in schema.labels:
-            yield from _outside(label.name, table[label.name], 0, 1, "labels")
-            if label.weight:
-                yield from _not_finite(label.weight, table[label.weight])
-                yield from _outside(label.weight, table[label.weight], 0, float("inf"), "weights")
-        for numeric in schema.numerics:
-            yield from _not_finite(numeric.name, table[numeric.name])
+        for name in (*(label.weight for label in schema.labels), *(numeric.name for numeric in schema.numerics)):
+            if name and pc.all(pc.is_finite(arrays[name])).as_py() is False:
+                yield name, "NaN or infinite values"
+
+
+def _bounds(schema: FeatureSchema) -> Iterator[tuple[str, float, str]]:
+    """Column, the most that its values may be, and what they are; the least is 0."""
+    for feature in schema.features:
+        table = schema.table(feature.table)
+        most, having = (OPEN_IDS, "an open vocabulary") if table.is_open else (table.rows, f"{table.rows} rows")
+        yield feature.name, most - 1, f"ids of table {table.name!r} with {having}"
+    yield schema.scenario, len(schema.scenarios) - 1, "scenarios"
+    for label in schema.labels:
+        yield label.name, 1, "labels"
+        if label.weight:
+            yield label.weight, float("inf"), "weights"
 
 
 def _is_id(found: pa.DataType) -> bool:
@@ -138,23 +148,26 @@ def _is_label(found: pa.DataType) -> bool:
 
 
 def _is_id_list(found: pa.DataType) -> bool:
-    return bool((pa.types.is_list(found) or pa.types.is_large_list(found)) and found.value_type == pa.int64())
+    return _is_list(found) and bool(found.value_type == pa.int64())
 
 
-def _outside(column: str, values: pa.ChunkedArray, least: float, most: float, what: str) -> Iterator[tuple[str, str]]:
-    plain = values.type == pa.int64() and values.num_chunks == 1 and len(values) and not values.null_count
-    # One pass and nothing else where all is well: seen as unsigned, negative numbers are huge.
-    if plain and least == 0 and values.chunk(0).to_numpy().view(np.uint64).max() <= most:
+def _is_list(found: pa.DataType) -> bool:
+    return bool(pa.types.is_list(found) or pa.types.is_large_list(found))
+
+
+def _outside(column: str, values: pa.Array, most: float, what: str) -> Iterator[tuple[str, str]]:
+    """What is below 0 or above `most`."""
+    if pa.types.is_boolean(values.type):
         return
-    extremes = pc.min_max(values.cast(pa.uint8()) if pa.types.is_boolean(values.type) else values).as_py()
+    if pa.types.is_integer(values.type) and len(values) and not values.null_count:
+        # One pass and nothing else where all is well: seen as unsigned, negative numbers are huge.
+        plain = values.to_numpy()
+        if plain.view(f"u{plain.itemsize}").max() <= most:
+            return
+    extremes = pc.min_max(values).as_py()
     for value in (extremes["min"], extremes["max"]):
-        if value is not None and not least <= value <= most:
-            yield column, f"value {value}, but {what} run from {least} to {most}"
-
-
-def _not_finite(column: str, values: pa.ChunkedArray) -> Iterator[tuple[str, str]]:
-    if pc.all(pc.is_finite(values)).as_py() is False:
-        yield column, "NaN or infinite values"
+        if value is not None and not 0 <= value <= most:
+            yield column, f"value {value}, but {what} run from 0 to {most}"
 
 
 @dataclass(frozen=True)
