@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+Compression = Literal["lz4", "zstd"]
 
 LEAST_GROUPS = 96
 """Row groups of a split of at least as many rows. Ranks share a split by row groups: 96 divides evenly among 1, 2, 3,
@@ -30,6 +33,7 @@ def write_split(
     row_group_rows: int,
     file_rows: int,
     together: int = 1,
+    compression: Compression = "lz4",
 ) -> None:
     """Write `rows` rows, in the order of `batches`, to part-00000.parquet, part-00001.parquet, ... of `folder`."""
     folder.mkdir(parents=True)
@@ -38,7 +42,7 @@ def write_split(
     groups = regroup(batches, sizes)
     files = max(1, -(-rows // file_rows))
     for file in range(files):
-        with pq.ParquetWriter(folder / f"part-{file:05d}.parquet", schema, compression="zstd") as writer:
+        with pq.ParquetWriter(folder / f"part-{file:05d}.parquet", schema, compression=compression) as writer:
             for size in sizes[file * len(sizes) // files : (file + 1) * len(sizes) // files]:
                 writer.write_table(next(groups).cast(schema), row_group_size=size)
     if next(groups, None) is not None:

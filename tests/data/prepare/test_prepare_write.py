@@ -10,7 +10,7 @@ from msr_dist.cli import main
 from msr_dist.config import parse
 from msr_dist.data import prepare
 from msr_dist.data.prepare.table import Config
-from msr_dist.data.prepare.write import LEAST_GROUPS, group_bounds, regroup, write_split
+from msr_dist.data.prepare.write import LEAST_GROUPS, Compression, group_bounds, regroup, write_split
 
 
 @pytest.mark.parametrize("rows", [0, 1, 95, 96, 97, 10_000, 1_000_003])
@@ -42,6 +42,13 @@ def test_too_few_and_too_many_rows_are_errors(tmp_path: Path) -> None:
     for place, (held, counted) in enumerate(((5, 6), (6, 5))):
         with pytest.raises(AssertionError, match="rows than"):
             write_split(tmp_path / str(place), schema, batches(held), counted, 10, 10)
+
+
+@pytest.mark.parametrize(("compression", "codec"), [("lz4", "LZ4"), ("zstd", "ZSTD")])
+def test_files_are_compressed_as_asked(tmp_path: Path, compression: Compression, codec: str) -> None:
+    write_split(tmp_path / "train", pa.schema({"x": pa.int64()}), batches(9), 9, 10, 10, compression=compression)
+    written = pq.read_metadata(tmp_path / "train" / "part-00000.parquet")
+    assert written.row_group(0).column(0).compression == codec
 
 
 def test_an_empty_split_is_one_file(tmp_path: Path) -> None:
