@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
 from msr_dist.batch import ScenarioBatch
 from msr_dist.config import Config, parse
-from msr_dist.models.base import Backbone, Behaviours, Inputs, Widths
+from msr_dist.models.base import Backbone, Behaviours, Inputs, Widths, cut
 from msr_dist.models.layers import TargetAttention
 from msr_dist.models.objectives import Contrastive, Retrieval, Shown
 from msr_dist.models.towers import TwoTower
@@ -172,7 +172,7 @@ class Recommender(nn.Module):
         """
         super().__init__()
         listed = {feature.table for feature in schema.features if feature.pooling == "attention"}
-        used = [table for table in schema.tables if _features(table, schema)]
+        used = [table for table in _in_order(schema) if _features(table, schema)]
         closed = [table for table in used if not table.is_open]
         bags = [_bag(table, schema, config.init_scale) for table in closed if table.name not in listed]
         lists = [_list(table, schema, config.init_scale) for table in used if table.name in listed]
@@ -224,6 +224,8 @@ class _LookedUp:
 
     pooled: dict[str, Tensor]
     """Feature -> `[B, W]`."""
+    whole: Tensor | None
+    """`[B, sum of widths]`: all inputs of the model side by side, where that is how they have been looked up."""
     lists: dict[str, JaggedTensor]
     """Feature -> vectors one by one, where attention reads any of the table."""
     lengths: dict[str, Tensor]
@@ -238,6 +240,7 @@ class _LookedUp:
     def split(self, sizes: list[int]) -> "list[_LookedUp]":
         """Consecutive parts of those sizes. Their gradients are put together once, where those of slices are added."""
         pooled = {name: x.split_with_sizes(sizes) for name, x in self.pooled.items()}
+        whole = None if self.whole is None else self.whole.split_with_sizes(sizes)
         lists = {name: _split(x, sizes) for name, x in self.lists.items()}
         lengths = {name: x.split_with_sizes(sizes) for name, x in self.lengths.items()}
         numeric, scenario, row = (x.split_with_sizes(sizes) for x in (self.numeric, self.scenario, self.row))
@@ -245,6 +248,7 @@ class _LookedUp:
         return [
             _LookedUp(
                 {name: parts[i] for name, parts in pooled.items()},
+                None if whole is None else whole[i],
                 {name: parts[i] for name, parts in lists.items()},
                 {name: parts[i] for name, parts in lengths.items()},
                 numeric[i],
@@ -262,9 +266,14 @@ class _Lookups(nn.Module):
 
     def __init__(self, schema: FeatureSchema, attention_widths: Widths = (32,)) -> None:
         super().__init__()
-        self._groups = list(schema.group_widths())
-        self._features = [[f.name for f in schema.features if f.group == group] for group in self._groups]
-        self._numerics = [[i for i, n in enumerate(schema.numerics) if n.group == group] for group in self._groups]
+        self._widths = schema.group_widths()
+        self._features = [[f.name for f in schema.features if f.group == group] for group in self._widths]
+        self._numerics = [[i for i, n in enumerate(schema.numerics) if n.group == group] for group in self._widths]
+        single = all(feature.pooling in (None, "sum") for feature in schema.features)
+        self._side_by_side = (
+            [name for each in self._features for name in each] if single and not schema.numerics else None
+        )
+        """Features in the order of the model's inputs, where those are vectors as they come out of tables."""
         self._pooling = {feature.name: feature.pooling for feature in schema.features}
         self._targets = {f.name: schema.target(f).name for f in schema.features if f.pooling == "attention"}
         self._knowledge, self._user, self._copies = schema.knowledge, schema.user, schema.copies(schema.user_table)
@@ -288,6 +297,7 @@ class _Lookups(nn.Module):
         columns = {name: x for each in (pooled, hashed) if each is not None for name, x in each.to_dict().items()}
         return _LookedUp(
             columns,
+            pooled.values() if pooled is not None and pooled.keys() == self._side_by_side else None,
             lists or {},
             {name: batch.ids[name].lengths() for name, pooling in self._pooling.items() if pooling == "mean"},
             batch.numeric,
@@ -298,24 +308,30 @@ class _Lookups(nn.Module):
         )
 
     def _inputs(self, rows: _LookedUp) -> Inputs:
+        behaviours: dict[str, Behaviours] = {}
+        whole = self._joined(rows, behaviours) if rows.whole is None else rows.whole.float()
+        groups = cut(whole, self._widths)
+        return Inputs(groups, rows.scenario, rows.row, behaviours, rows.user, self._known(rows), whole)
+
+    def _joined(self, rows: _LookedUp, behaviours: dict[str, Behaviours]) -> Tensor:
+        """`[B, sum of widths]`: all groups side by side; the lists that attention has read go to `behaviours`."""
         columns, lists = dict(rows.pooled), rows.lists
         columns |= {
             name: _padded(x, self._pooling[name]).sum(dim=1) for name, x in lists.items() if name not in self._targets
         }
         for name, lengths in rows.lengths.items():
             columns[name] = columns[name] / lengths.clamp(min=1).unsqueeze(1)
-        behaviours = {}
         for name, target in self._targets.items():
             lengths = lists[name].lengths()
             vectors = _padded(lists[name], self._pooling[name])
             present = torch.arange(vectors.shape[1], device=lengths.device) < lengths[:, None]
             behaviours[name] = Behaviours(vectors, present, columns[target].float())
             columns[name] = self.attention[module_name(name)](behaviours[name], rows.row)
-        groups = {}
-        for group, features, numerics in zip(self._groups, self._features, self._numerics, strict=True):
-            parts = [columns[feature].float() for feature in features]
-            groups[group] = torch.cat([*parts, rows.numeric[:, numerics]] if numerics else parts, dim=1)
-        return Inputs(groups, rows.scenario, rows.row, behaviours, rows.user, self._known(rows))
+        parts: list[Tensor] = []
+        for features, numerics in zip(self._features, self._numerics, strict=True):
+            parts += [columns[feature].float() for feature in features]
+            parts += [rows.numeric[:, numerics]] if numerics else []
+        return torch.cat(parts, dim=1)
 
     def _known(self, rows: _LookedUp) -> Tensor | None:
         """`[B, K + 1]` fp32: the user's vector, and whether it is known."""
@@ -498,6 +514,13 @@ def _knowledge(schema: FeatureSchema) -> list[Table]:
     # One more column says whether the user is known; the kernels want a multiple of 4.
     fixed = {"name": KNOWLEDGE_TABLE, "width": width + 4, "precision": "fp16"}
     return [users.model_copy(update=fixed)]
+
+
+def _in_order(schema: FeatureSchema) -> list[Table]:
+    """The tables in the order of their first features in a model's inputs: on one rank, nothing is rearranged then."""
+    groups = list(schema.group_widths())
+    seen = [feature.table for group in groups for feature in schema.features if feature.group == group]
+    return sorted(schema.tables, key=lambda table: seen.index(table.name) if table.name in seen else len(seen))
 
 
 def _features(table: Table, schema: FeatureSchema) -> list[str]:

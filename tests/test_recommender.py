@@ -67,6 +67,29 @@ def test_columns_are_found_by_name_whatever_the_plan_made_of_their_order(keys):
     assert {name: tensor.size(1) for name, tensor in groups.items()} == canonical.schema().group_widths()
 
 
+def side_by_side() -> FeatureSchema:
+    """Features that reach the model as they come out of tables."""
+    schema = canonical.schema()
+    features = [feature for feature in schema.features if feature.pooling is None]
+    return schema.model_copy(update={"features": tuple(features), "numerics": ()})
+
+
+def test_vectors_that_are_looked_up_in_the_model_s_order_are_not_copied():
+    backbone, pooled = Remembering(), embedded(["user", "item"])
+    Head(side_by_side(), backbone)(pooled, None, batch())
+    assert backbone.seen.joined().data_ptr() == pooled.values().data_ptr()
+    Head(side_by_side(), backbone)(embedded(["item", "user"]), None, batch())
+    assert torch.equal(backbone.seen.joined(), pooled.values())
+    assert torch.equal(backbone.seen.groups["item"], torch.full((2, 8), 2.0))
+
+
+def test_tables_stand_in_the_order_in_which_the_model_sees_them():
+    schema = side_by_side()
+    turned = schema.model_copy(update={"tables": schema.tables[::-1]})
+    bags = Recommender(turned, Remembering(), EmbeddingsConfig()).embeddings.embedding_bag_configs()
+    assert [bag.name for bag in bags] == ["users", "items_"]
+
+
 def test_the_loss_weighs_labels_and_divides_by_all_rows():
     pooled = embedded(["user", "item", "history", "tags"])
     loss, predictions = Head(canonical.schema(), Remembering())(pooled, None, batch())

@@ -5,7 +5,7 @@ Shapes: `B` rows of a batch, `D` width of a feature group, `S` scenarios, `T` la
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -54,6 +54,16 @@ class Inputs:
     knowledge: Tensor | None = None
     """`[B, K + 1]`: what a language model says of the user, and 1, or 0 where it was not asked about that user and the
     vector is the mean; there where the schema has knowledge."""
+    whole: Tensor | None = None
+    """`[B, sum of widths]`, where `groups` are its parts: see `cut`. Then nothing has to be copied to join them."""
+
+    def __post_init__(self) -> None:
+        assert self.whole is None or self.whole.data_ptr() == next(iter(self.groups.values())).data_ptr()
+
+    def with_whole(self, whole: Tensor) -> "Inputs":
+        """The same rows with other values, `[B, sum of widths]`, in all groups."""
+        widths = {name: x.shape[1] for name, x in self.groups.items()}
+        return replace(self, groups=cut(whole, widths), whole=whole)
 
     def take(self, rows: Tensor) -> "Inputs":
         """The rows of those indices."""
@@ -88,7 +98,12 @@ class Inputs:
 
     def joined(self) -> Tensor:
         """All groups side by side: `[B, sum of widths]`."""
-        return torch.cat(list(self.groups.values()), dim=1)
+        return torch.cat(list(self.groups.values()), dim=1) if self.whole is None else self.whole
+
+
+def cut(whole: Tensor, widths: Mapping[str, int]) -> dict[str, Tensor]:
+    """`[B, sum of widths]` as groups: its parts, not copies."""
+    return dict(zip(widths, whole.split_with_sizes(list(widths.values()), dim=1), strict=True))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ that see different scenarios still run the same collectives in the same order.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, final
@@ -104,7 +104,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         """`[B, in_width]` -> `[B, E, widths[-1]]`."""
-        hidden = x[:, None, :].expand(-1, len(self.weights[0]), -1)
+        hidden = x
         for weight, bias, dropout in zip(self.weights, self.biases, self.dropouts, strict=True):
             hidden = dropout(torch.relu(banked_linear(hidden, weight, bias)), row)
         return hidden
@@ -113,11 +113,11 @@ class Experts(nn.Module):
 def banked_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`[B, E, in]`, `[E, in, out]` and `[E, out]` -> `[B, E, out]`: each slice through a layer of its own.
 
-    Where all slices are one, expanded, it is read once. A product per slice is what CPUs' libraries do best: as one
-    batched product, forward and backward take up to twice as long, in bf16 more so.
+    `x` may also be `[B, in]`, for all layers alike: it is read once. A product per slice is what CPUs' libraries do
+    best: as one batched product, forward and backward take up to twice as long, in bf16 more so.
     """
-    if x.stride(1) == 0:
-        whole = F.linear(x[:, 0], weight.transpose(1, 2).flatten(0, 1), bias.flatten())
+    if x.dim() == 2:
+        whole = F.linear(x, weight.transpose(1, 2).flatten(0, 1), bias.flatten())
         return whole.view(len(x), *bias.shape)
     parts = zip(x.unbind(1), weight.unbind(), bias.unbind(), strict=True)
     return torch.stack([torch.addmm(b, part, w) for part, w, b in parts], dim=1)
@@ -125,7 +125,32 @@ def banked_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def mixture(scores: Tensor, opinions: Tensor) -> Tensor:
     """`[B, E]` and `[B, E, W]` -> `[B, W]`: the opinions' mean, weighted by the scores' softmax."""
-    return (torch.softmax(scores, dim=1).to(opinions.dtype)[:, :, None] * opinions).sum(dim=1)
+    # Over the rows of a transposed matrix, for vectors of E numbers do not fill a register.
+    shares = torch.softmax(scores.t(), dim=0).to(opinions.dtype)
+    mixed: Tensor = _Mixture.apply(shares, opinions)  # type: ignore[no-untyped-call]
+    return mixed
+
+
+class _Mixture(torch.autograd.Function):
+    # `[E, B]` and `[B, E, W]` -> `[B, W]`. As ordinary operations, products as large as the opinions are written and
+    # read again to be summed: twice the time.
+    @staticmethod
+    def forward(ctx: Any, shares: Tensor, opinions: Tensor) -> Tensor:
+        ctx.save_for_backward(shares, opinions)
+        (share, opinion), *others = zip(shares.unbind(), opinions.unbind(1), strict=True)
+        out = opinion * share[:, None]
+        for share, opinion in others:
+            out.addcmul_(share[:, None], opinion)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        shares, opinions = ctx.saved_tensors
+        of_opinions = torch.empty_like(opinions, memory_format=torch.contiguous_format)
+        for share, place in zip(shares.unbind(), of_opinions.unbind(1), strict=True):
+            torch.mul(gradient, share[:, None], out=place)
+        return torch.bmm(opinions, gradient[:, :, None]).squeeze(2).t(), of_opinions
 
 
 @dataclass(frozen=True)
@@ -158,6 +183,12 @@ class ScenarioGroups:
             )
         return cls(order, grouped, counts, sizes)
 
+    @classmethod
+    def whole(cls, rows: int, device: torch.device) -> "ScenarioGroups":
+        """So many rows as one group: there is nothing to find, and nothing to move."""
+        order, scenario = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+        return cls(order, scenario, torch.full((1,), rows, device=device), [rows])
+
     def repeated(self, times: int) -> "ScenarioGroups":
         """The groups of rows that each come `times` times, one after the other."""
         order = (self.order[:, None] * times + torch.arange(times, device=self.order.device)).flatten()
@@ -166,11 +197,11 @@ class ScenarioGroups:
 
     def group(self, x: Tensor) -> Tensor:
         """`x` `[B, ...]` in grouped order."""
-        return x.index_select(0, self.order)
+        return x if len(self.sizes) == 1 else x.index_select(0, self.order)
 
     def restore(self, x: Tensor) -> Tensor:
         """`x` `[B, ...]`, grouped, in the order of the batch."""
-        return torch.empty_like(x).index_copy(0, self.order, x)
+        return x if len(self.sizes) == 1 else torch.empty_like(x).index_copy(0, self.order, x)
 
     def spread(self, table: Tensor) -> Tensor:
         """`table` `[S, D]` -> `[B, D]`: each grouped row's own line. Its gradient is summed in a fixed order."""
@@ -221,7 +252,7 @@ def grouped_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
         shared = None if shared is None else shared.to(dtype)
-    out: Tensor = _GroupedLinear.apply(x, weight, bias, shared, groups.scenario, groups.sizes)  # type: ignore[no-untyped-call]
+    out: Tensor = _GroupedLinear.apply(x, weight, bias, shared, groups.sizes)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -235,10 +266,8 @@ class _GroupedLinear(torch.autograd.Function):
     # stacking of S gradients and the products with the shared weight cost more than the layer; torch's grouped_mm is no
     # faster on CPU and takes neither empty batches nor a single output.
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shared: Tensor | None, scenario: Tensor, sizes: list[int]
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, scenario, *([] if shared is None else [shared]))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shared: Tensor | None, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight, *([] if shared is None else [shared]))
         ctx.sizes = sizes
         out = x.new_empty(len(x), weight.shape[2])
         layers = (layer for slab in torch.split(weight, _SLAB) for layer in _product(slab, shared).unbind())
@@ -251,26 +280,28 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scenario, *rest = ctx.saved_tensors
+        x, weight, *rest = ctx.saved_tensors
         shared: Tensor | None = rest[0] if rest else None
         gradient = gradient.contiguous()
         of_x, of_weight = torch.empty_like(x), torch.empty_like(weight)
+        # In fp32, for many rows are summed.
+        of_bias = gradient.new_empty(len(weight), weight.shape[2], dtype=torch.float32)
         of_shared = None if shared is None else torch.zeros_like(shared)
-        parts = zip(ctx.sizes, *(each.split_with_sizes(ctx.sizes) for each in (x, of_x, gradient)), strict=True)
+        rows = (each.split_with_sizes(ctx.sizes) for each in (x, of_x, gradient))
+        parts = zip(ctx.sizes, *rows, of_bias.unbind(), strict=True)
         for slab, of_slab in zip(torch.split(weight, _SLAB), torch.split(of_weight, _SLAB), strict=True):
             layers = zip(_product(slab, shared).unbind(), of_slab.unbind(), strict=True)
-            for (layer, of_layer), (size, rows, of_rows, g) in zip(layers, parts, strict=False):
+            for (layer, of_layer), (size, some, of_some, g, own) in zip(layers, parts, strict=False):
+                torch.sum(g, 0, dtype=torch.float32, out=own)
                 if size:
-                    torch.mm(g, layer.t(), out=of_rows)
-                    torch.mm(rows.t(), g, out=of_layer)
+                    torch.mm(g, layer.t(), out=of_some)
+                    torch.mm(some.t(), g, out=of_layer)
                 else:
                     of_layer.zero_()
             if shared is not None and of_shared is not None:
                 of_shared += (of_slab * slab).sum(0)
                 of_slab *= shared
-        # In fp32, for many rows are summed.
-        of_bias = torch.ops.aten.embedding_dense_backward(gradient.float(), scenario, len(weight), -1, False)
-        return of_x, of_weight, of_bias.to(gradient.dtype), of_shared, None, None
+        return of_x, of_weight, of_bias.to(gradient.dtype), of_shared, None
 
 
 def _product(slab: Tensor, shared: Tensor | None) -> Tensor:
@@ -295,6 +326,13 @@ class ScenarioLinear(nn.Module):
     def forward(self, x: Tensor, groups: ScenarioGroups) -> Tensor:
         """`[B, in]` -> `[B, out]`, both grouped."""
         return grouped_linear(x, self.weight, self.bias, groups)
+
+
+def side_by_side(linears: Iterable[Any], x: Tensor, groups: ScenarioGroups) -> tuple[Tensor, ...]:
+    """What each `ScenarioLinear` makes of the same `x` `[B, in]`, grouped, which is read once for them all."""
+    weights, biases = zip(*((linear.weight, linear.bias) for linear in linears), strict=True)
+    whole = grouped_linear(x, torch.cat(weights, dim=2), torch.cat(biases, dim=1), groups)
+    return whole.split_with_sizes([weight.shape[2] for weight in weights], dim=1)
 
 
 @final

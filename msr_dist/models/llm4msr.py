@@ -404,14 +404,12 @@ class Llm4msr(Backbone):
         """The logits, and what they come from."""
         before = after = inputs.joined()
         if self.as_features:
-            inputs = replace(inputs, groups={**inputs.groups, GROUP: self._features(inputs)})
+            inputs = replace(inputs, groups={**inputs.groups, GROUP: self._features(inputs)}, whole=None)
         if self.user_level is not None:
             assert inputs.user is not None
             assert inputs.knowledge is not None
             after = self.user_level(before, inputs.user, inputs.knowledge)
-            widths = [x.shape[1] for x in inputs.groups.values()]
-            groups = dict(zip(inputs.groups, after.split_with_sizes(widths, dim=1), strict=True))
-            inputs = replace(inputs, groups=groups)
+            inputs = inputs.with_whole(after)
         backbone = self.backbone.objective(inputs)
         if self.scenario_level is None:
             return Parts(before, after, backbone, None, backbone.logits)

@@ -21,7 +21,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Rate, Width, Widths
-from msr_dist.models.layers import Experts, ScenarioGroups, ScenarioLinear, ScenarioTower, mixture
+from msr_dist.models.layers import Experts, ScenarioGroups, ScenarioLinear, ScenarioTower, mixture, side_by_side
 from msr_dist.schema import FeatureSchema
 
 
@@ -73,13 +73,15 @@ class Mmoe(Backbone):
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits `[B, T]`."""
         x, scenario = inputs.joined(), inputs.scenario
-        if self.scenario is not None:
-            x, scenario = torch.cat([x, self.scenario(scenario)], dim=1), torch.zeros_like(scenario)
-        groups = ScenarioGroups.of(scenario, self.groups)
+        if self.scenario is None:
+            groups = ScenarioGroups.of(scenario, self.groups)
+        else:
+            x = torch.cat([x, self.scenario(scenario)], dim=1)
+            groups = ScenarioGroups.whole(len(x), x.device)
         row, x = groups.group(inputs.row), groups.group(x)
         hidden = self.experts(x, row)
         logits = [
-            tower(mixture(gate(x, groups), hidden), row, groups)
-            for gate, tower in zip(self.gates, self.towers, strict=True)
+            tower(mixture(scores, hidden), row, groups)
+            for scores, tower in zip(side_by_side(self.gates, x, groups), self.towers, strict=True)
         ]
         return groups.restore(torch.cat(logits, dim=1))

@@ -30,7 +30,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Rate, Width, Widths
-from msr_dist.models.layers import Experts, ScenarioExperts, ScenarioGroups, ScenarioLinear, ScenarioTower, mixture
+from msr_dist.models.layers import (
+    Experts,
+    ScenarioExperts,
+    ScenarioGroups,
+    ScenarioLinear,
+    ScenarioTower,
+    mixture,
+    side_by_side,
+)
 from msr_dist.schema import FeatureSchema
 
 
@@ -101,7 +109,7 @@ class Ple(Backbone):
             own, shared = mixture(own_gate(own, groups), hidden), mixture(shared_gate(shared), hidden)
         hidden = last(own, shared, row, groups)
         logits = [
-            tower(mixture(gate(own, groups), hidden), row, groups)
-            for gate, tower in zip(self.gates, self.towers, strict=True)
+            tower(mixture(scores, hidden), row, groups)
+            for scores, tower in zip(side_by_side(self.gates, own, groups), self.towers, strict=True)
         ]
         return groups.restore(torch.cat(logits, dim=1))

@@ -37,6 +37,17 @@ def test_what_is_not_known_stays_unknown_in_parts():
         assert part.knowledge is None
 
 
+def test_groups_of_a_whole_are_its_parts():
+    whole = torch.randn(5, 6)
+    subject = inputs().with_whole(whole)
+    assert subject.joined() is whole
+    assert torch.equal(subject.groups["item"], whole[:, 4:])
+    for part, rows in zip(subject.split([2, 3]), (slice(0, 2), slice(2, 5)), strict=True):
+        assert torch.equal(part.joined(), whole[rows])
+    with pytest.raises(AssertionError):
+        replace(subject, groups={"user": torch.randn(5, 4), "item": torch.randn(5, 2)})
+
+
 def test_an_objective_weighs_rows_and_adds_penalties_where_a_row_counts():
     logits, labels = torch.tensor([[0.0], [2.0], [-1.0]]), torch.tensor([[1.0], [0.0], [1.0]])
     weights = torch.tensor([[1.0], [3.0], [0.0]])
