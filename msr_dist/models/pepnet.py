@@ -37,6 +37,8 @@ class Config(BackboneConfig):
     """Length of the scenario's embedding, which the embeddings' gate reads."""
     priors: tuple[str, ...] = ()
     """Features whose embeddings the towers' gates read and train; without any, the schema's user and item."""
+    scenario_towers: tuple[Width, ...] = ()
+    """Units of each hidden layer of a tower per scenario and label, without gates, on top of the gated ones."""
     dropout: Rate = 0.0
     """Share of hidden units silenced in training, in the towers."""
 
@@ -54,15 +56,16 @@ class Pepnet(Backbone):
         self.priors = Priors(schema, config.priors)
         self.embedding_gate = EmbeddingGate(schema, config.scenario_width, config.gate_width)
         self.towers = GatedTowers(
-            len(schema.labels),
+            schema,
             self.embedding_gate.out_width,
             config.widths,
             self.priors.width,
             config.gate_width,
+            config.scenario_towers,
             config.dropout,
         )
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits `[B, T]`."""
-        logits: Tensor = self.towers(self.embedding_gate(inputs), self.priors.of(inputs), inputs.row)
+        logits: Tensor = self.towers(self.embedding_gate(inputs), self.priors.of(inputs), inputs)
         return logits

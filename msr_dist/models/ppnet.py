@@ -19,6 +19,8 @@ The paper leaves open, and this does:
 - GateNU's hidden width is a setting. Weights start as `nn.Linear` draws them, biases at 0.
 
 Deviations:
+- `scenario_towers`, off by default: the gated layers end in a tower per scenario and label without gates, as in
+  TorchEasyRec, in place of the linear last layer. A row is computed by its own scenario's alone.
 - p_s is part of the gates' input. The paper brings the scenario in by EPNet (`pepnet` does), and PPNet alone would not
   know it.
 - Dropout in the towers, off by default.
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 
 from msr_dist.models.base import Backbone, BackboneConfig, Inputs, Rate, Width, Widths
 from msr_dist.models.epnet import GateNU, LabelLinear
-from msr_dist.models.layers import Dropout, banked_linear, stacked_weight
+from msr_dist.models.layers import Dropout, ScenarioGroups, ScenarioTower, banked_linear, stacked_weight
 from msr_dist.schema import FeatureSchema
 
 
@@ -49,6 +51,8 @@ class Config(BackboneConfig):
     """Length of the scenario's embedding, which the gates read."""
     priors: tuple[str, ...] = ()
     """Features whose embeddings the gates read and train; without any, the schema's user and item."""
+    scenario_towers: tuple[Width, ...] = ()
+    """Units of each hidden layer of a tower per scenario and label, without gates, on top of the gated ones."""
     dropout: Rate = 0.0
     """Share of hidden units silenced in training, in the towers."""
 
@@ -83,26 +87,47 @@ class GatedTowers(nn.Module):
     """One MLP per label with a gate on every hidden unit; the labels' weights are stacked `[T, in, out]`."""
 
     def __init__(
-        self, labels: int, in_width: int, widths: Sequence[int], prior_width: int, gate_width: int, dropout: float
+        self,
+        schema: FeatureSchema,
+        in_width: int,
+        widths: Sequence[int],
+        prior_width: int,
+        gate_width: int,
+        scenario_towers: Sequence[int],
+        dropout: float,
     ) -> None:
         super().__init__()
+        labels, self.scenarios = len(schema.labels), len(schema.scenarios)
         shapes = pairwise([in_width, *widths])
         self.weights = nn.ParameterList(stacked_weight(labels, i, o) for i, o in shapes)
         self.biases = nn.ParameterList(torch.zeros(labels, width) for width in widths)
         self.gates = nn.ModuleList(GateNU(prior_width + in_width, gate_width, labels * width) for width in widths)
         self.dropouts = nn.ModuleList(Dropout(dropout) for _ in widths)
-        self.last = LabelLinear(labels, widths[-1])
+        self.last = None if scenario_towers else LabelLinear(labels, widths[-1])
+        self.tops = nn.ModuleList(
+            ScenarioTower(self.scenarios, widths[-1], scenario_towers, 1, dropout)
+            for _ in range(labels if scenario_towers else 0)
+        )
 
-    def forward(self, x: Tensor, prior: Tensor, row: Tensor) -> Tensor:
+    def forward(self, x: Tensor, prior: Tensor, inputs: Inputs) -> Tensor:
         """`x` `[B, in_width]`, which the towers learn from and the gates only look at -> logits `[B, T]`."""
+        if self.last is not None:
+            logits: Tensor = self.last(self._hidden(x, prior, inputs.row))
+            return logits
+        groups = ScenarioGroups.of(inputs.scenario, self.scenarios)
+        row = groups.group(inputs.row)
+        hidden = self._hidden(groups.group(x), groups.group(prior), row)
+        each = [top(own, row, groups) for top, own in zip(self.tops, hidden.unbind(1), strict=True)]
+        return groups.restore(torch.cat(each, dim=1))
+
+    def _hidden(self, x: Tensor, prior: Tensor, row: Tensor) -> Tensor:
+        """`[B, T, widths[-1]]`."""
         seen = torch.cat([prior, x.detach()], dim=1)
-        labels = len(self.last.bias)
-        hidden = x[:, None, :].expand(-1, labels, -1)
+        hidden = x
         for weight, bias, gate, dropout in zip(self.weights, self.biases, self.gates, self.dropouts, strict=True):
             hidden = dropout(torch.relu(banked_linear(hidden, weight, bias)), row)
-            hidden = hidden * gate(seen).unflatten(1, (labels, -1))
-        logits: Tensor = self.last(hidden)
-        return logits
+            hidden = hidden * gate(seen).view(hidden.shape)
+        return hidden
 
 
 @final
@@ -114,16 +139,17 @@ class Ppnet(Backbone):
         self.priors = Priors(schema, config.priors)
         self.scenario = nn.Embedding(len(schema.scenarios), config.scenario_width)
         self.towers = GatedTowers(
-            len(schema.labels),
+            schema,
             schema.input_width,
             config.widths,
             self.priors.width + config.scenario_width,
             config.gate_width,
+            config.scenario_towers,
             config.dropout,
         )
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits `[B, T]`."""
         prior = torch.cat([self.priors.of(inputs), self.scenario(inputs.scenario)], dim=1)
-        logits: Tensor = self.towers(inputs.joined(), prior, inputs.row)
+        logits: Tensor = self.towers(inputs.joined(), prior, inputs)
         return logits

@@ -22,6 +22,29 @@ def test_follows_its_formula():
     torch.testing.assert_close(model(batch), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_towers_per_scenario_and_label_on_top():
+    model, batch = build("pepnet", labels=2, widths=(9, 7), scenario_towers=(6, 5)), mixed(30)
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter)
+    hidden = model.towers._hidden(model.embedding_gate(batch), model.priors.of(batch), batch.row)
+    expected = torch.empty(30, 2)
+    for i, s in enumerate(batch.scenario):
+        for t, top in enumerate(model.towers.tops):
+            h = hidden[i, t]
+            for linear in top.hidden:
+                h = torch.relu(h @ linear.weight[s] + linear.bias[s])
+            expected[i, t] = (h @ top.last.weight[s] + top.last.bias[s])[0]
+    logits = model(batch)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    logits.sum().backward()
+    taught = set(batch.scenario.tolist())
+    for top in model.towers.tops:
+        assert {s for s, own in enumerate(top.last.bias.grad) if own.any()} == taught
+        assert {s for s, own in enumerate(top.hidden[0].weight.grad) if own.any()} <= taught
+    assert all(parameter.grad.any() for parameter in model.parameters())
+
+
 def test_with_even_gates_on_its_towers_it_is_epnet():
     model, below, batch = build("pepnet", labels=2), build("epnet", labels=2, seed=1), mixed(30)
     for unit in model.towers.gates:
