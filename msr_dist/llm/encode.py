@@ -402,7 +402,9 @@ class Encoder:
     def _pack(self) -> bool:
         """On a CPU, put packed layers where models call their linear layers and do nothing else with them."""
         onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        fits = onednn and self.device.type == "cpu" and self.dtype != torch.float16
+        # Without AVX-512 torch multiplies in bf16 by itself, slowly, and oneDNN refuses to.
+        able = {torch.float32: onednn, torch.bfloat16: onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()}
+        fits = self.device.type == "cpu" and able.get(self.dtype, False)
         if not (fits and self._model._supports_attention_backend):
             return False
         head = self._model.get_output_embeddings()
