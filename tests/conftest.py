@@ -8,6 +8,10 @@ from msr_dist.launch import set_threads
 
 set_threads(os.cpu_count() or 1)
 
+TESTS = str(Path(__file__).parent)
+# The process that launched ranks are copies of loads what tests launch.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (TESTS, os.environ.get("PYTHONPATH"))))
+
 
 @pytest.fixture(scope="session")
 def ray_cluster():
@@ -24,7 +28,7 @@ def ray_cluster():
         include_dashboard=False,
         log_to_driver=False,
         # Workers import the functions that tests launch.
-        runtime_env={"env_vars": set_threads(2) | {"PYTHONPATH": str(Path(__file__).parent)}},
+        runtime_env={"env_vars": set_threads(2) | {"PYTHONPATH": TESTS}},
     )
     yield
     ray.shutdown()

@@ -21,6 +21,14 @@ def test_workers_know_each_other(tmp_path, launcher):
     assert all(entry["OMP_WAIT_POLICY"] == "passive" for entry in known)
 
 
+def test_ranks_see_the_environment_as_it_is_when_they_are_launched(tmp_path, monkeypatch):
+    """They are copies of a process that was started with the first of them."""
+    for word in ("first", "second"):
+        monkeypatch.setenv("OMP_WAIT_POLICY", word)
+        launch(launched.report_world, tmp_path, "local", 2, tmp_path)
+        assert json.loads((tmp_path / "rank-1.json").read_text())["OMP_WAIT_POLICY"] == word
+
+
 def test_a_world_does_not_meet_at_the_addresses_of_the_one_before(tmp_path):
     launch(launched.open_worlds_one_after_another, tmp_path, "local", 2, tmp_path)
     assert json.loads((tmp_path / "rank-1.json").read_text())["ranks"] == [0, 1]
