@@ -51,7 +51,7 @@ import torch  # noqa: E402
 from quality_grid import commit_of_code  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import embedding_bag  # noqa: E402
-from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
+from torch.utils.data import DataLoader, Dataset, IterableDataset  # noqa: E402
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
 
 from msr_dist.batch import ScenarioBatch  # noqa: E402
@@ -85,8 +85,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "star": {"kind": "star"},
     "mmoe-small": {"kind": "mmoe", "experts": 3, "widths": [64, 32], "tower_widths": [32]},
     "mmoe-full": {"kind": "mmoe", "experts": 3, "widths": [512, 256, 128], "tower_widths": [256, 128, 64]},
-    # A tower per label whose every layer is gated, where TorchEasyRec's has ungated towers per scenario on top.
-    "pepnet-full": {"kind": "pepnet", "widths": [512, 256, 256, 128, 64], "gate_width": 128},
+    "pepnet-full": {"kind": "pepnet", "widths": [512, 256], "gate_width": 128, "scenario_towers": [256, 128, 64]},
 }
 
 SMALL_TABLES = (100_000, 50_000, 10_000, 5_000, 1_000, 500, 100, 50, 20)
@@ -253,10 +252,18 @@ def end_to_end(given: Given, workers: Sequence[int], profile: Path | None, judge
 
 @main.command()
 @_shared(trains=True)
-def plain(given: Given) -> None:
-    """The yardstick: the same model and data as an ordinary PyTorch trainer, in one process with one loading worker."""
+@click.option("--by-row", is_flag=True, help="DataLoader puts batches together row by row, which it does unasked.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of the training process.")
+def plain(given: Given, by_row: bool, threads: int) -> None:
+    """The yardstick: the same model and data as an ordinary PyTorch trainer, in one process with one loading worker.
+
+    Its data set hands out whole batches, cut from row groups that are read and shuffled as arrays: about the best that
+    can be had from a DataLoader. With --by-row, it hands out rows of arrays in memory, for DataLoader to shuffle and
+    collate.
+    """
+    torch.set_num_threads(threads)
     for model in given.models:
-        given.keep("plain", model, plainly(given.run(model), given.rounds))
+        given.keep("plain", model, plainly(given.run(model), given.rounds, by_row))
 
 
 @main.command()
@@ -702,7 +709,32 @@ class PlainRows(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
             yield ids[:, part], scenario[part], truth[part]
 
 
-def plainly(run: RunConfig, rounds: int) -> dict[str, Any]:
+class PlainTable(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """All rows of one split, in memory: ids `[F]`, scenario `[]` and labels `[T]` of each."""
+
+    def __init__(self, folder: Path, schema: FeatureSchema) -> None:
+        rows = sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet"))
+        ids, self.scenario, self.truth = next(iter(PlainRows(folder, schema, rows)))
+        self.ids = ids.T.contiguous()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.ids[row], self.scenario[row], self.truth[row]
+
+
+def plain_batches(run: RunConfig, schema: FeatureSchema, by_row: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """An epoch of ids `[F, B]`, scenarios `[B]` and labels `[B, T]`."""
+    folder, size = run.data_here / "train", run.loader.batch_size
+    if by_row:
+        for ids, scenario, truth in DataLoader(PlainTable(folder, schema), size, shuffle=True, num_workers=1):
+            yield ids.T.contiguous(), scenario, truth
+    else:
+        yield from DataLoader(PlainRows(folder, schema, size), batch_size=None, num_workers=1)
+
+
+def plainly(run: RunConfig, rounds: int, by_row: bool) -> dict[str, Any]:
     """The figures of the ordinary trainer: epochs, after which the valid split is judged."""
     schema = run.read_schema()
     if any(feature.pooling for feature in schema.features) or schema.numerics:
@@ -714,8 +746,7 @@ def plainly(run: RunConfig, rounds: int) -> dict[str, Any]:
     cpu, wall, rows, auc = [], [], 0, None
     for _ in range(rounds):
         before, start, rows = _cpu_of_family(), time.perf_counter(), 0
-        data = PlainRows(run.data_here / "train", schema, run.loader.batch_size)
-        for ids, scenario, truth in DataLoader(data, batch_size=None, num_workers=1):
+        for ids, scenario, truth in plain_batches(run, schema, by_row):
             sparse.zero_grad()
             dense.zero_grad()
             loss = nn.functional.binary_cross_entropy_with_logits(model(ids, scenario), truth, reduction="sum")
@@ -728,6 +759,7 @@ def plainly(run: RunConfig, rounds: int) -> dict[str, Any]:
         auc = auc or _plain_quality(model, run, schema)
     return {
         "data": run.data.name,
+        "by_row": by_row,
         "workers": 1,
         "threads": torch.get_num_threads(),
         "batch_size": run.loader.batch_size,
@@ -796,7 +828,7 @@ def wide_data() -> Path:
         pa.table(columns),
         partial / "train" / "part-00000.parquet",
         row_group_size=-(-WIDE_ROWS // 96),
-        compression="zstd",
+        compression="lz4",
     )
     partial.rename(folder)
     return folder
