@@ -53,7 +53,7 @@ class PrepareConfig(Kinded, ABC):
     rows_per_file: int = Field(default=4_000_000, ge=1)
     """About how many rows a file holds."""
     compression: Compression = "lz4"
-    """Of the parquet files: lz4 is read about twice as fast; zstd takes a fifth less room, for stores that are far."""
+    """Of the parquet files: lz4 is read about twice as fast; zstd takes a quarter less room, for far stores."""
     memory_limit: str = "2GB"
     """What DuckDB may use; beyond it, it spills to disk beside the output."""
     threads: int | None = Field(default=None, ge=1)
