@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import tomli_w
 
 COMMAND = [sys.executable, "-m", "msr_dist"]
@@ -32,6 +33,13 @@ def call(*arguments, launched_by=COMMAND, timeout: float = 240) -> subprocess.Co
     """The command's status and what it printed."""
     words = [*launched_by, *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The processes that hold the ranks: copies of the one that has loaded what they need."""
+    found = psutil.Process(process.pid).children()
+    servers = [child for child in found if "forkserver" in " ".join(child.cmdline())]
+    return [rank for server in servers for rank in server.children()]
 
 
 def losses(run: Path, name: str = "train/loss") -> dict[int, float]:

@@ -8,7 +8,6 @@ import sys
 import time
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -60,12 +59,6 @@ def test_every_launcher_and_world_size_gives_the_same_losses(tmp_path, data, alo
     assert done.stdout.count("run: test split") == 1
 
 
-def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The processes that hold the ranks."""
-    found = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in found if "spawn_main" in " ".join(child.cmdline())]
-
-
 def wait_for_checkpoint(folder, process, seconds: float = 60) -> None:
     begun = time.monotonic()
     while not list((folder / "checkpoints").glob("stage-0-step-*[0-9]")):
@@ -88,7 +81,7 @@ def test_a_killed_worker_and_another_world_size_change_no_loss(tmp_path, data):
     words = [*command.COMMAND, "train", str(config), "--workers", "2", "--restarts", "0"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_checkpoint(tmp_path / "runs/run", process)
-    workers_of(process)[-1].send_signal(signal.SIGKILL)
+    command.ranks_of(process)[-1].send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
     assert "workers failed" in errors
@@ -108,7 +101,7 @@ def test_a_killed_worker_is_replaced_without_losing_a_step(tmp_path, data):
     words = [*command.COMMAND, "train", str(config), "--workers", "2", "--restarts", "1"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_checkpoint(tmp_path / "runs/run", process)
-    workers_of(process)[0].send_signal(signal.SIGKILL)
+    command.ranks_of(process)[0].send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "starting all again" in errors

@@ -36,8 +36,7 @@ def test_a_rank_that_stops_is_named_and_replaced(tmp_path):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() - begun < 200
         time.sleep(0.02)
-    ranks = [each for each in psutil.Process(process.pid).children() if "spawn_main" in " ".join(each.cmdline())]
-    stopped = max(ranks, key=lambda each: each.pid)
+    stopped = max(command.ranks_of(process), key=lambda each: each.pid)
     stopped.send_signal(signal.SIGSTOP)
     _, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
