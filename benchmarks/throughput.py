@@ -62,6 +62,7 @@ from msr_dist.data.order import Order  # noqa: E402
 from msr_dist.data.parquet import ParquetSource  # noqa: E402
 from msr_dist.data.prepare.canonical import prepare  # noqa: E402
 from msr_dist.data.prepare.synthetic import Config as Synthetic  # noqa: E402
+from msr_dist.data.prepare.write import write_split  # noqa: E402
 from msr_dist.distributed import World, open_world  # noqa: E402
 from msr_dist.evaluate import evaluate_split  # noqa: E402
 from msr_dist.metrics import ScenarioMetrics  # noqa: E402
@@ -804,9 +805,9 @@ def wide_data() -> Path:
         return folder
     rng, partial = np.random.default_rng(0), folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    (partial / "train").mkdir(parents=True)
+    partial.mkdir(parents=True)
     ids, lists = [f"id{n}" for n in range(WIDE_IDS)], [f"list{n}" for n in range(WIDE_LISTS)]
-    FeatureSchema(
+    schema = FeatureSchema(
         user=ids[0],
         item=ids[1],
         labels=(Label(name="click"),),
@@ -816,7 +817,8 @@ def wide_data() -> Path:
             *(Feature(name=name, table=name) for name in ids),
             *(Feature(name=name, table=name, pooling="sum") for name in lists),
         ),
-    ).save(partial)
+    )
+    schema.save(partial)
     columns: dict[str, Any] = {name: (rng.random(WIDE_ROWS) ** 3 * 100_000).astype(np.int64) for name in ids}
     for name in lists:
         lengths = rng.integers(0, 2 * WIDE_MEAN + 1, WIDE_ROWS)
@@ -824,12 +826,7 @@ def wide_data() -> Path:
         columns[name] = pa.ListArray.from_arrays(np.cumsum([0, *lengths]).astype(np.int32), values)
     columns["click"] = rng.integers(0, 2, WIDE_ROWS).astype(np.uint8)
     columns["scenario"] = rng.integers(0, 5, WIDE_ROWS).astype(np.int32)
-    pq.write_table(
-        pa.table(columns),
-        partial / "train" / "part-00000.parquet",
-        row_group_size=-(-WIDE_ROWS // 96),
-        compression="lz4",
-    )
+    write_split(partial / "train", schema, pa.table(columns).to_batches(), WIDE_ROWS, WIDE_ROWS, WIDE_ROWS)
     partial.rename(folder)
     return folder
 

@@ -456,14 +456,15 @@ def _make(
     try:
         with Database(partial / "work", sides.memory_limit, None) as database:
             schema, sql, rows, summary = make(_Work(sides, database, partial))
-            fields = _arrow(schema)
-            batches = (batch.select(fields.names) for batch in database.stream(sql, _BATCH_ROWS))
-            write_split(partial / ROWS, fields, batches, rows, _ROW_GROUP_ROWS, _FILE_ROWS, together)
+            # What is known of users and of the order of rows is the data set's own.
+            schema = schema.model_copy(update={"knowledge": None, "time": None})
+            batches = database.stream(sql, _BATCH_ROWS)
+            write_split(partial / ROWS, schema, batches, rows, _ROW_GROUP_ROWS, _FILE_ROWS, together)
     except DatabaseError as error:
         advice = "is the disk full, or loader.memory_limit too small?"
         raise ValueError(f"{out}: the database failed ({first_line(error)}); {advice}") from error
     shutil.rmtree(partial / "work")
-    schema.model_copy(update={"knowledge": None}).save(partial)
+    schema.save(partial)
     write_whole(partial / SUMMARY_FILE, json.dumps({"made_from": made_from} | summary, indent=1) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
@@ -538,17 +539,3 @@ class _Work:
 def _of_data(column: str) -> str:
     """SQL of a column of the data set, under a name that no column of our own has."""
     return quoted(f"of {column}")
-
-
-def _arrow(schema: FeatureSchema) -> pa.Schema:
-    """The columns of a row, in Arrow's types."""
-    kinds: dict[str, pa.DataType] = {
-        feature.name: pa.list_(pa.int64()) if feature.pooling else pa.int64() for feature in schema.features
-    }
-    kinds |= {numeric.name: pa.float32() for numeric in schema.numerics}
-    kinds[schema.scenario] = pa.int32()
-    for label in schema.labels:
-        kinds[label.name] = pa.uint8()
-        if label.weight:
-            kinds[label.weight] = pa.float32()
-    return pa.schema(list(kinds.items()))

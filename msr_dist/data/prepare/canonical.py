@@ -21,7 +21,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from msr_dist.config import Kinded, dump, parse
 from msr_dist.data.places import here
 from msr_dist.data.prepare.database import Database, first_line
-from msr_dist.data.prepare.encode import arrow_schema, encode, stream_split
+from msr_dist.data.prepare.encode import encode, stream_split
 from msr_dist.data.prepare.mapping import History, Raw, Split
 from msr_dist.data.prepare.nulls import null_warnings
 from msr_dist.data.prepare.plan import Plan, make_plan
@@ -53,7 +53,7 @@ class PrepareConfig(Kinded, ABC):
     rows_per_file: int = Field(default=4_000_000, ge=1)
     """About how many rows a file holds."""
     compression: Compression = "lz4"
-    """Of the parquet files: lz4 is read about twice as fast; zstd takes a quarter less room, for far stores."""
+    """Of the parquet files: lz4 is read about twice as fast; zstd takes an eighth less room, for far stores."""
     memory_limit: str = "2GB"
     """What DuckDB may use; beyond it, it spills to disk beside the output."""
     threads: int | None = Field(default=None, ge=1)
@@ -168,7 +168,7 @@ def _build(config: PrepareConfig, scratch: Path, out: Path, progress: Progress) 
             rows = sum(of_scenario[place] for of_scenario in counts)
             write_split(
                 folder / split,
-                arrow_schema(plan),
+                schema,
                 batches,
                 rows,
                 config.row_group_rows,

@@ -28,7 +28,7 @@ def encode(database: Database, plan: Plan) -> tuple[Numeric, ...]:
 def stream_split(
     database: Database, plan: Plan, numerics: Sequence[Numeric], split: Split, place: int
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of the split SPLITS[place] in the order of time, then of the raw files; columns as `arrow_schema` has.
+    """The rows of the split SPLITS[place] in the order of time, then of the raw files; columns of the schema.
 
     Histories hold positives at strictly earlier times: with a split by time those of the row's own split and of the
     splits before it (training rows see only training, test rows everything), otherwise those of training rows only.
@@ -42,22 +42,8 @@ def stream_split(
     )
 
 
-def arrow_schema(plan: Plan) -> pa.Schema:
-    """Columns and types of a split's files."""
-    fields = [pa.field(f.name, pa.list_(pa.int64()) if f.pooling else pa.int64()) for f in plan.features]
-    if plan.history:
-        fields.append(pa.field(plan.history.name, pa.list_(pa.int64())))
-    fields += [pa.field(numeric.name, pa.float32()) for numeric in plan.numerics]
-    for label in plan.labels:
-        fields.append(pa.field(label.name, pa.uint8()))
-        fields += [pa.field(label.mask, pa.bool_())] if label.mask else []
-        fields += [pa.field(label.weight, pa.float32())] if label.weight else []
-    fields.append(pa.field("scenario", pa.int32()))
-    return pa.schema([*fields, pa.field("time", pa.int64())] if plan.raw.columns.time else fields)
-
-
 def _selected(plan: Plan, numerics: Sequence[Numeric]) -> dict[str, str]:
-    """Output column -> SQL, in the order of `arrow_schema`."""
+    """Output column -> SQL."""
     selected = {feature.name: _selected_feature(plan, feature) for feature in plan.features}
     if plan.history:
         selected[plan.history.name] = "coalesce(h.items, [])"

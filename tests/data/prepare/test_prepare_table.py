@@ -91,7 +91,7 @@ def test_types_and_columns_are_those_of_the_schema(tmp_path: Path) -> None:
         "user": "int64",
         "item": "int64",
         "hour": "int64",
-        "history": "list<element: int64>",
+        "history": "list<element: int64 not null>",
         "price": "float",
         "click": "uint8",
         "like": "uint8",
