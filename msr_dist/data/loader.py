@@ -5,7 +5,7 @@ import itertools
 import queue
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,21 +75,6 @@ class Rows:
     weights: Floats | None
     """`[T, n]`; None where all are 1."""
 
-    def padding(self, row: int, count: int) -> "Rows":
-        """That row `count` times over."""
-        lists = tuple(
-            (
-                np.tile(values[offsets[row] : offsets[row + 1]], count),
-                np.arange(count + 1) * (offsets[row + 1] - offsets[row]),
-            )
-            for values, offsets in self.lists
-        )
-        one = slice(row, row + 1)
-        return Rows(
-            self.integers[:, one].repeat(count, 1), lists, self.numeric[:, one].repeat(count, 1),
-            None if self.weights is None else self.weights[:, one].repeat(count, 1),
-        )  # fmt: skip
-
 
 class Part(NamedTuple):
     """Consecutive rows: a batch has many, so they are not even sliced before they are copied."""
@@ -150,7 +135,9 @@ class Loader:
                 for step in range(first, last):
                     if step == first or step % self.order.steps == 0:
                         streams = [_Stream(self, pool, p, *divmod(step, self.order.steps)) for p in self._partitions]
-                    put(self._batch(streams, step))
+                        first_rows = np.array([stream.first_row for stream in streams])
+                        pieces = zip(*streams, strict=True)
+                    put(self._batch(next(pieces), first_rows, step))
                     if stop.is_set():
                         break
                 pool.shutdown(cancel_futures=True)
@@ -158,24 +145,19 @@ class Loader:
         except BaseException as error:  # noqa: BLE001 - it is raised again in the thread that asked
             put(error)
 
-    def _batch(self, streams: "list[_Stream]", step: int) -> ScenarioBatch:
-        within, each = step % self.order.steps, self.together
-        shares = self.order.shares(within)
+    def _batch(self, pieces: Sequence[list[Part]], first_rows: Ints, step: int) -> ScenarioBatch:
+        shares = self.together * self.order.shares(step % self.order.steps)
+        sizes = shares[:, 1] - shares[:, 0]
         # Equal batches are what collectives need.
-        width = each * max(stop - start for start, stop in shares)
+        width, mine = sizes.max(), sizes[self._partitions]
         parts: list[Part] = []
-        begins, sizes = np.empty((2, len(streams), 1), np.int64)
-        for place, stream in enumerate(streams):
-            start, stop = (each * place for place in shares[stream.partition])
-            taken = stream.take(start, stop)
-            parts += taken
-            if missing := width - (stop - start):
-                parts.append(Part(taken[0].rows.padding(taken[0].start, missing), 0, missing))
-            begins[place], sizes[place] = stream.first_row + start, stop - start
+        for of_partition, missing in zip(pieces, (width - mine).tolist(), strict=True):
+            parts += of_partition
+            parts += _first_again(of_partition, missing) if missing else ()
         places = np.arange(width)
-        numbers = np.where(places < sizes, begins + places, PADDING)
-        rows = sum(stop - start for start, stop in shares)
-        return _assemble(self._schema, parts, numbers.ravel(), rows / self._world_size)
+        numbers = (first_rows + shares[self._partitions, 0])[:, None] + places
+        numbers[places >= mine[:, None]] = PADDING
+        return _assemble(self._schema, parts, numbers.ravel(), int(sizes.sum()) / self.together / self._world_size)
 
     def decode(self, partition: int, epoch: int, window: int, groups: tuple[int, ...]) -> Rows:
         """One window of one partition, its rows in the order of `epoch`."""
@@ -188,44 +170,46 @@ class Loader:
 
 
 class _Stream:
-    """The rows of one partition in one epoch, from a step on; the window after the current one is decoded ahead."""
+    """The rows of one partition in one epoch: pieces of each step from one on. Windows are decoded one ahead."""
 
     def __init__(self, loader: Loader, pool: ThreadPoolExecutor, partition: int, epoch: int, step: int) -> None:
-        order = loader.order
-        self.partition = partition
-        self._loader, self._pool, self._epoch = loader, pool, epoch
+        order, self._each = loader.order, loader.together
+        self._loader, self._pool, self._partition, self._epoch, self._step = loader, pool, partition, epoch, step
+        self.first_row = self._each * order.first_row(partition, epoch)
         self._windows = order.windows(partition, epoch)
-        self.first_row = loader.together * order.first_row(partition, epoch)
-        start = loader.together * order.shares(step)[partition][0]
-        sizes = [loader.together * sum(order.group_rows[group] for group in window) for window in self._windows]
-        self._begins = [0, *itertools.accumulate(sizes)]
-        self._current = bisect_right(self._begins, start) - 1
-        self._rows: Rows | None = None
-        self._next = self._ahead(self._current)
+        self._begins = [0, *itertools.accumulate(sum(order.group_rows[g] for g in groups) for groups in self._windows)]
+        self._place = int(order.shares(step)[partition, 0])
+        self._window = bisect_right(self._begins, self._place) - 1
+        self._ahead = self._decode(self._window)
 
-    def take(self, start: int, stop: int) -> list[Part]:
-        """Rows `start` to `stop - 1` of the sequence."""
-        parts = []
-        while start < stop:
-            if self._rows is None or start >= self._begins[self._current + 1]:
-                self._advance()
-            begin, end = self._begins[self._current], min(stop, self._begins[self._current + 1])
-            assert self._rows is not None
-            parts.append(Part(self._rows, start - begin, end - begin))
-            start = end
-        return parts
+    def __iter__(self) -> Iterator[list[Part]]:
+        step, place = self._step, self._place
+        begun: list[Part] = []
+        for window in range(self._window, len(self._windows)):
+            rows = self._ahead.result()
+            if window + 1 < len(self._windows):
+                self._ahead = self._decode(window + 1)
+            begin, end = self._begins[window : window + 2]
+            ends = self._loader.order.ends(self._partition, step, end)
+            cuts = (self._each * (np.array([place, *ends, end]) - begin)).tolist()
+            *whole, rest = (Part(rows, *each) for each in itertools.pairwise(cuts))
+            for part in whole:
+                yield [*begun, part]
+                begun = []
+            begun += [rest] if rest.start < rest.stop else []
+            step, place = step + len(ends), end
 
-    def _advance(self) -> None:
-        if self._rows is not None:
-            self._current += 1
-        assert self._next is not None
-        self._rows = self._next.result()
-        self._next = self._ahead(self._current + 1)
+    def _decode(self, window: int) -> "Future[Rows]":
+        return self._pool.submit(self._loader.decode, self._partition, self._epoch, window, self._windows[window])
 
-    def _ahead(self, window: int) -> "Future[Rows] | None":
-        if window >= len(self._windows):
-            return None
-        return self._pool.submit(self._loader.decode, self.partition, self._epoch, window, self._windows[window])
+
+def _first_again(parts: list[Part], count: int) -> Iterator[Part]:
+    """The first `count` rows of `parts`; again from the first, where there are fewer."""
+    for rows, start, stop in itertools.cycle(parts):
+        if count <= 0:
+            break
+        yield Part(rows, start, min(stop, start + count))
+        count -= stop - start
 
 
 def feature_names(schema: FeatureSchema) -> list[str]:
@@ -324,44 +308,39 @@ def _assemble(schema: FeatureSchema, parts: list[Part], numbers: Ints, rows_per_
     lines, rows, labels = len(parts[0].rows.integers), len(numbers), len(schema.labels)
     # Ids come last, so that those of lists can follow them.
     integers = torch.empty(lines * rows + sum(len(values) for values, _ in flat), dtype=torch.int64)
-    scenario, *_ = whole = integers[: lines * rows].view(lines, rows)
-    _side_by_side(parts, lambda of: of.integers, whole)
-    ids = integers[(1 + labels) * rows :]
-    single = _ones((lines - 1 - labels) * rows)
+    whole = integers[: lines * rows].view(lines, rows)
+    # In two steps: many pieces are copied fast only where they need no conversion.
+    whole.copy_(_side_by_side([rows.integers[:, start:stop] for rows, start, stop in parts]))
+    ids, lengths = integers[(1 + labels) * rows :], _ones((lines - 1 - labels) * rows)
+    if flat:
+        np.concatenate([values for values, _ in flat], out=ids[len(lengths) :].numpy())
+        lengths = torch.cat([lengths, _side_by_side([lengths for _, lengths in flat])])
     row = torch.from_numpy(numbers)
-    truth = torch.empty(rows, labels)
-    for column, line in zip(truth.unbind(1), whole[1 : 1 + labels], strict=True):
-        column.copy_(line)
     weights = torch.ones(rows, labels)
     if has_weights(schema):
-        weights = _side_by_side(parts, lambda of: of.weights).T.contiguous()
-    if numbers.min() == PADDING:
-        weights[row == PADDING] = 0
-    if flat:
-        np.concatenate([values for values, _ in flat], out=ids[len(single) :].numpy())
+        weights = _columns([rows.weights[:, start:stop] for rows, start, stop in parts if rows.weights is not None])
+    numeric = torch.empty(rows, 0)
+    if schema.numerics:
+        numeric = _columns([rows.numeric[:, start:stop] for rows, start, stop in parts])
     return ScenarioBatch(
-        ids=KeyedJaggedTensor(
-            keys=feature_names(schema),
-            values=ids,
-            lengths=torch.cat([single, *(torch.from_numpy(lengths) for _, lengths in flat)]) if flat else single,
-        ),
-        numeric=_side_by_side(parts, lambda of: of.numeric).T.contiguous() if schema.numerics else torch.empty(rows, 0),
-        scenario=scenario,
-        labels=truth,
-        weights=weights,
+        ids=KeyedJaggedTensor(keys=feature_names(schema), values=ids, lengths=lengths),
+        numeric=numeric,
+        scenario=whole[0],
+        labels=whole[1 : 1 + labels].T.to(torch.float32, memory_format=torch.contiguous_format),
+        weights=weights.masked_fill_((row == PADDING)[:, None], 0),
         row=row,
         rows_per_rank=rows_per_rank,
     )
 
 
-def _side_by_side(parts: list[Part], of: Callable[[Rows], Narrow | None], out: Tensor | None = None) -> Tensor:
-    """`[.., n]` of all parts along the last axis: in one call, for each hands Python's lock to the other threads."""
-    cut = []
-    for rows, start, stop in parts:
-        whole = of(rows)
-        assert whole is not None
-        cut.append(torch.from_numpy(whole[..., start:stop]))
-    return torch.cat(cut, -1, out=out)
+def _side_by_side(pieces: list[npt.NDArray[Any]]) -> Tensor:
+    """Pieces `[.., n]` as one. By numpy, which has views of arrays for a fraction of what torch takes for its own."""
+    return torch.from_numpy(np.concatenate(pieces, -1))
+
+
+def _columns(pieces: list[Floats]) -> Tensor:
+    """Pieces `[C, n]` as one `[rows, C]`."""
+    return _side_by_side(pieces).T.contiguous()
 
 
 @lru_cache(maxsize=4)

@@ -72,15 +72,22 @@ class Order:
         """Rows of each partition."""
         return tuple(sum(self.group_rows[group] for group in groups) for groups in self.partitions)
 
-    def shares(self, step: int) -> list[tuple[int, int]]:
-        """For each partition, first and last + 1 place, in its sequence of one epoch, of what `step` of that reads."""
-        steps = self.steps
-        return [(step * rows // steps, (step + 1) * rows // steps) for rows in self.partition_rows]
+    def shares(self, step: int) -> npt.NDArray[np.int64]:
+        """First and last + 1 place, in each partition's sequence of an epoch, of what its `step` reads: `[P, 2]`."""
+        rows = np.array(self.partition_rows)
+        return np.stack([step * rows // self.steps, (step + 1) * rows // self.steps], axis=1)
+
+    def ends(self, partition: int, step: int, place: int) -> npt.NDArray[np.int64]:
+        """Where, in the partition's sequence, `step` of an epoch and those after it end, as far as `place`."""
+        rows = self.partition_rows[partition]
+        # The last step that ends there is the last k with k * rows // steps <= place.
+        last = ((place + 1) * self.steps - 1) // rows
+        return np.arange(step + 1, last + 1) * rows // self.steps
 
     def samples(self, step: int) -> int:
         """Rows that all ranks have read before `step`, counted from the start of the first epoch."""
         epoch, within = divmod(step, self.steps)
-        return epoch * self.rows + sum(start for start, _ in self.shares(within))
+        return epoch * self.rows + int(self.shares(within)[:, 0].sum())
 
     def windows(self, partition: int, epoch: int) -> list[tuple[int, ...]]:
         """The partition's row groups in the order of `epoch`, cut into windows."""
