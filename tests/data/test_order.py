@@ -44,6 +44,15 @@ def test_the_steps_of_an_epoch_use_up_every_partition():
     assert max(sizes) - min(sizes) <= 6
 
 
+@pytest.mark.parametrize("partition", range(6))
+def test_steps_end_where_their_shares_do(partition):
+    subject = order()
+    stops = [int(subject.shares(step)[partition, 1]) for step in range(subject.steps)]
+    for place in (0, 1, stops[0] - 1, stops[0], stops[7] + 1, stops[-1]):
+        for step in (0, 7, subject.steps):
+            assert subject.ends(partition, step, place).tolist() == [stop for stop in stops[step:] if stop <= place]
+
+
 def test_epochs_and_seeds_differ_and_repeat():
     assert sequence(order(), 0, 0) == sequence(order(), 0, 0)
     assert sequence(order(), 0, 0) != sequence(order(), 0, 1)
