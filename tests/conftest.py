@@ -13,6 +13,15 @@ TESTS = str(Path(__file__).parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (TESTS, os.environ.get("PYTHONPATH"))))
 
 
+LONGEST = ("test_train", "test_quality", "test_machines", "test_vocabulary", "test_workers", "test_launch", "test_extract")
+"""Files that take minutes each."""
+
+
+def pytest_collection_modifyitems(items):
+    """A file's tests run one after the other: the longest begin first, so that none is left to run alone at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """A Ray of this test session's own, reachable from this machine alone."""
