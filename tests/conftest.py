@@ -13,7 +13,15 @@ TESTS = str(Path(__file__).parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (TESTS, os.environ.get("PYTHONPATH"))))
 
 
-LONGEST = ("test_train", "test_quality", "test_machines", "test_vocabulary", "test_workers", "test_launch", "test_extract")
+LONGEST = (
+    "test_train",
+    "test_quality",
+    "test_machines",
+    "test_vocabulary",
+    "test_workers",
+    "test_launch",
+    "test_extract",
+)
 """Files that take minutes each."""
 
 
