@@ -33,7 +33,7 @@ quickstart: $(INSTALLED)
 	@$(BIN)/msr-dist report runs/quickstart-$(NOW)-llm4msr
 
 test: $(INSTALLED)
-	@$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check
