@@ -16,7 +16,7 @@ def test_two_ray_workers_run_both_stages(tmp_path):
     run = run_config(tmp_path, choices.write(tmp_path / "data"))
     config = tmp_path / "run.toml"
     config.write_text(dump(run))
-    done = command.call(config, "--workers", 2, launched_by=TRAIN, timeout=200)
+    done = command.call(config, "--workers", 2, launched_by=TRAIN, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "recall@10" in done.stdout
     assert {"contrast", "retrieve"} <= {
