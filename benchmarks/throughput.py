@@ -146,7 +146,10 @@ def _shared(*, reads: bool = True, trains: bool = False) -> Callable[[_Command[_
         @functools.wraps(command)
         def taking(**words: Any) -> None:
             common = {field.name: words.pop(field.name) for field in fields(Given) if field.name in words}
-            command(Given(**common), **words)  # type: ignore[call-arg]
+            try:
+                command(Given(**common), **words)  # type: ignore[call-arg]
+            except ValueError as error:
+                raise click.UsageError(str(error)) from None
 
         decorated: Callable[..., None] = taking
         for option in reversed(options):
@@ -643,10 +646,7 @@ def configured(data: Path, model: dict[str, Any], batch_size: int, settings: Seq
         "stages": [{"sparse": {"lr": 0.02}, "dense": {"lr": 1e-3}}],
         "tracking": {"enabled": False},
     }
-    try:
-        return parse(RunConfig, merge(raw, settings), "throughput")
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
+    return parse(RunConfig, merge(raw, settings), "throughput")
 
 
 class PlainModel(nn.Module):

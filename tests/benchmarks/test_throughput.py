@@ -90,11 +90,12 @@ def test_lookups_of_two_tables_and_small_ones(tmp_path):
         (("step", "--model", "foo"), "'foo' is not one of"),
         (("step", "precision=fp8"), "precision: Input should be 'fp32' or 'bf16'"),
         (("lookup", "--width", 6), "embeddings.width: Input should be a multiple of 4"),
+        (("loader", "--data", "nothing"), "nothing: no schema.toml there"),
         (("plain",), "the plain trainer knows data of single-valued ids alone"),
     ],
 )
 def test_wrong_words_end_in_one_line(tmp_path, data, words, message):
-    read = () if words[0] == "lookup" else ("--data", data)
+    read = () if words[0] == "lookup" or "--data" in words else ("--data", data)
     done = command.call(*words, *read, "--results", tmp_path, launched_by=THROUGHPUT)
     assert done.returncode == 2
     assert message in done.stderr
