@@ -70,7 +70,7 @@ def write_split(
 
 
 def _encodings(schema: FeatureSchema, columns: pa.Schema) -> dict[str, Any]:
-    """Ids of large tables as planes of bytes, most of which are zeros; of whatever else repeats itself, a dictionary.
+    """Ids of large tables, and times, as planes of bytes, many of which are all alike; of the rest, a dictionary.
 
     A dictionary of nearly as many ids as rows takes twice the room and time. Hashed ids have no zeros, but repeat.
     """
