@@ -21,7 +21,7 @@ from typing import Any, Literal
 import click
 
 # Before torch is loaded: see msr_dist.launch.set_threads.
-from msr_dist.launch import set_threads, silence
+from msr_dist.launch import call_and_leave, set_threads, silence
 
 silence()
 set_threads(multiprocessing.cpu_count())
@@ -362,4 +362,4 @@ def serve(end: Connection, config: EncoderConfig, threads: int, texts: list[Prom
 
 
 if __name__ == "__main__":
-    main()
+    call_and_leave(main)

@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 # Before torch is loaded: see msr_dist.launch.set_threads.
-from msr_dist.launch import launch, set_threads, silence
+from msr_dist.launch import call_and_leave, launch, set_threads, silence
 
 silence()
 set_threads(1)
@@ -125,4 +125,4 @@ def best(world: World, work: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    call_and_leave(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 # Before torch is loaded: see msr_dist.launch.set_threads.
 import click
 
-from msr_dist.launch import launch, set_threads, silence
+from msr_dist.launch import call_and_leave, launch, set_threads, silence
 
 silence()
 set_threads(1)
@@ -151,4 +151,4 @@ def main(settings: tuple[str, ...], rows: int, width: int, precision: str, worke
 
 
 if __name__ == "__main__":
-    main()
+    call_and_leave(main)

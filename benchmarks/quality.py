@@ -21,7 +21,7 @@ import click
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 os.environ |= THREADS
 
-from msr_dist.launch import log_to_stderr  # noqa: E402
+from msr_dist.launch import call_and_leave, log_to_stderr  # noqa: E402
 from msr_dist.progress import Progress  # noqa: E402
 from msr_dist.stopping import Stopped  # noqa: E402
 
@@ -283,4 +283,4 @@ def _line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    call_and_leave(main)

@@ -36,7 +36,7 @@ from msr_dist.data.derived import ANSWERS_FILE, ROWS, read_summary
 from msr_dist.distributed import open_world
 from msr_dist.evaluate import metrics_file
 from msr_dist.files import write_whole
-from msr_dist.launch import log_to_stderr
+from msr_dist.launch import call_and_leave, log_to_stderr
 from msr_dist.progress import Progress
 from msr_dist.recall import RetrievalReport, sums
 from msr_dist.retrieval import catalogue_rows, query_rows
@@ -462,4 +462,4 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    call_and_leave(main)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Before torch is loaded: see msr_dist.launch.set_threads.
-from msr_dist.launch import set_threads, silence
+from msr_dist.launch import call_and_leave, set_threads, silence
 
 silence()
 set_threads(1)
@@ -176,4 +176,4 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    call_and_leave(main)

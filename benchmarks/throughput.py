@@ -38,7 +38,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 import click
 
 # Before torch is loaded: see msr_dist.launch.set_threads. A thread per process, as with a rank per core.
-from msr_dist.launch import launch, set_threads, silence
+from msr_dist.launch import call_and_leave, launch, set_threads, silence
 
 silence()
 set_threads(multiprocessing.cpu_count())
@@ -862,4 +862,4 @@ def _ratio(one: float, other: float) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    call_and_leave(main)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 # Before torch is loaded: see msr_dist.launch.set_threads.
-from msr_dist.launch import set_threads, silence
+from msr_dist.launch import call_and_leave, set_threads, silence
 
 silence()
 set_threads(1)
@@ -185,4 +185,4 @@ def _cell(found: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    call_and_leave(main)

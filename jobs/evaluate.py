@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from msr_dist import stopping
-from msr_dist.launch import LaunchError, launch, log_to_stderr, set_threads
+from msr_dist.launch import LaunchError, call_and_leave, launch, log_to_stderr, set_threads
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,4 +51,4 @@ def main(run: Path, split: str, workers: int, restarts: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    call_and_leave(main)

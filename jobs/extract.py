@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from msr_dist.launch import LaunchError, log_to_stderr, set_threads
+from msr_dist.launch import LaunchError, call_and_leave, log_to_stderr, set_threads
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,4 +49,4 @@ def main(config: Path, settings: tuple[str, ...], workers: int, retries: int, re
 
 
 if __name__ == "__main__":
-    main()
+    call_and_leave(main)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from msr_dist.launch import LaunchError, log_to_stderr, set_threads
+from msr_dist.launch import LaunchError, call_and_leave, log_to_stderr, set_threads
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,4 +56,4 @@ def main(config: Path, out: Path, settings: tuple[str, ...], restarts: int) -> N
 
 
 if __name__ == "__main__":
-    main()
+    call_and_leave(main)

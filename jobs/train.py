@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from msr_dist.launch import LaunchError, launch, log_to_stderr, set_threads
+from msr_dist.launch import LaunchError, call_and_leave, launch, log_to_stderr, set_threads
 from msr_dist.stopping import STATUS, Stopped
 
 
@@ -61,4 +61,4 @@ def main(config: Path, settings: tuple[str, ...], workers: int, restarts: int, m
 
 
 if __name__ == "__main__":
-    main()
+    call_and_leave(main)

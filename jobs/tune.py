@@ -25,7 +25,7 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 from msr_dist.config import Config, dump, load, merge, parse  # noqa: E402
 from msr_dist.files import write_whole  # noqa: E402
-from msr_dist.launch import log_to_stderr  # noqa: E402
+from msr_dist.launch import call_and_leave, log_to_stderr  # noqa: E402
 from msr_dist.metrics import Report  # noqa: E402
 from msr_dist.recall import RetrievalReport  # noqa: E402
 from msr_dist.run import RunConfig  # noqa: E402
@@ -362,4 +362,4 @@ def _folder(base: RunConfig) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    call_and_leave(main)

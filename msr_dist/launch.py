@@ -3,6 +3,7 @@
 Imports neither torch nor ray before it must: thread settings have to stand in the environment when torch is loaded.
 """
 
+import atexit
 import ctypes
 import logging
 import multiprocessing
@@ -71,6 +72,30 @@ def _keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, name in ((-3, "MALLOC_MMAP_THRESHOLD_"), (-1, "MALLOC_TRIM_THRESHOLD_")):
             mallopt(parameter, int(os.environ[name]))
+
+
+def call_and_leave(command: Callable[[], object]) -> None:
+    """Call what a process is for, and end the process with its status as soon as all exit handlers were called.
+
+    Otherwise the interpreter takes all objects apart that libraries have made, which takes two seconds where torch and
+    TorchRec are loaded, and changes nothing.
+    """
+    status: list[int] = []
+    # Of exit handlers, the first to be registered is the last to be called.
+    atexit.register(_leave, status)
+    try:
+        command()
+    except SystemExit as ended:
+        status += [ended.code] if isinstance(ended.code, int) else []
+        raise
+
+
+def _leave(status: Sequence[int]) -> None:
+    if status:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status[0])
 
 
 def world_size() -> int:
@@ -269,9 +294,7 @@ def _rank(rank: int, workers: int, meeting: Path, environment: dict[str, str], c
     os.environ[MEETING] = str(meeting)
     call()
     # All is done and on disk: what native threads do while the interpreter is taken apart must not fail the run.
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(0)
+    _leave([0])
 
 
 def _last_line(error: Exception) -> str:
@@ -293,6 +316,9 @@ class _Ray:
     def __init__(self, workers: int, fewer: Sequence[int], folder: Path, environment: dict[str, str]) -> None:
         # Ray's own printing repeats what the workers log.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+        if not _cluster():
+            # Nobody takes this machine away, so nothing has to watch for it.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         connect(workers, environment)
         import ray
 

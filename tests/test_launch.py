@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -58,3 +60,35 @@ def test_restarts_are_counted(tmp_path):
     with pytest.raises(LaunchError, match="a fault of ours"):
         launch(launched.always_fail, tmp_path, "local", 2, tmp_path, restarts=1)
     assert "Traceback" in (tmp_path / "failure.txt").read_text()
+
+
+LEAVING = """
+import atexit, sys
+from msr_dist.launch import call_and_leave
+
+class Kept:
+    def __del__(self):
+        sys.stderr.write("taken apart")
+
+kept = Kept()
+
+def command():
+    atexit.register(print, "handler")
+    print("said")
+    {end}
+
+call_and_leave(command)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "left"),
+    [("sys.exit(3)", 3, True), ("sys.exit()", 0, False), ("sys.exit('why')", 1, False), ("1 / 0", 1, False)],
+)
+def test_a_process_is_left_once_its_exit_handlers_were_called(end, status, left):
+    code = LEAVING.format(end=end)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status
+    assert done.stdout == "said\nhandler\n"
+    assert ("taken apart" in done.stderr) == (not left)
+    assert ("why" in done.stderr or "ZeroDivisionError" in done.stderr) == (status == 1)

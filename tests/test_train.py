@@ -57,6 +57,7 @@ def test_every_launcher_and_world_size_gives_the_same_losses(tmp_path, data, alo
     assert done.returncode == 0, done.stderr
     agree(command.losses(tmp_path / "runs/run"), alone)
     assert done.stdout.count("run: test split") == 1
+    assert "core_worker" not in done.stderr, "Ray's own complaints"
 
 
 def wait_for_checkpoint(folder, process, seconds: float = 60) -> None:
