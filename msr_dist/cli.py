@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from msr_dist import stopping
-from msr_dist.launch import Launcher, LaunchError, launch, log_to_stderr, set_threads, world_size
+from msr_dist.launch import Launcher, LaunchError, launch, load_ahead, log_to_stderr, set_threads, world_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,8 +172,7 @@ def train(
     """
     if min_workers is not None and launcher != "ray":
         raise ValueError("--min-workers is for --launcher ray: the workers of one machine come and go together")
-    workers = _own_workers(launcher, workers)
-    set_threads(workers)
+    workers = _begin(launcher, workers, None if dry_run else "msr_dist.train")
     from msr_dist.config import dump, load
     from msr_dist.distributed import is_first
     from msr_dist.ray_metrics import shown
@@ -282,8 +281,7 @@ def evaluate(run: Path, split: str, launcher: Launcher, workers: int, restarts: 
       msr-dist evaluate runs/quickstart
       msr-dist evaluate runs/quickstart --split valid --workers 2
     """
-    workers = _own_workers(launcher, workers)
-    set_threads(workers)
+    workers = _begin(launcher, workers, "msr_dist.evaluate")
     from msr_dist.distributed import is_first
     from msr_dist.evaluate import evaluate as evaluate_run
     from msr_dist.run import read_run
@@ -309,8 +307,7 @@ def export_index(run: Path, settings: tuple[str, ...], launcher: Launcher, worke
       msr-dist export-index runs/sass
       msr-dist export-index runs/sass neighbours=48 search_width=256 --workers 2
     """
-    workers = _own_workers(launcher, workers)
-    set_threads(workers)
+    workers = _begin(launcher, workers, "msr_dist.index")
     from rich.console import Console
 
     from msr_dist.config import merge, parse
@@ -540,11 +537,17 @@ def submit(job: str, arguments: tuple[str, ...], address: str, workers: int | No
         sys.exit(1)
 
 
-def _own_workers(launcher: Launcher, workers: int) -> int:
-    """The number of workers: what --workers says, or what something like torchrun has started."""
+def _begin(launcher: Launcher, workers: int, module: str | None) -> int:
+    """The number of workers: what --workers says, or what something like torchrun has started.
+
+    Local ones begin to load `module`, whose function they will call, while this process loads what it needs itself.
+    """
     started = world_size()
     if started and (launcher != "local" or workers not in (1, started)):
         raise ValueError(f"{started} processes have been started already: leave out --launcher and --workers")
+    set_threads(started or workers)
+    if module and not started:
+        load_ahead(launcher, workers, module)
     return started or workers
 
 

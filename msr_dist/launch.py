@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -266,6 +267,12 @@ class _Processes:
                 for process in context.processes:
                     process.kill()
                 shutil.rmtree(meeting, ignore_errors=True)
+
+
+def load_ahead(launcher: Launcher, workers: int, module: str) -> None:
+    """Begin to load what local ranks that call a function of `module` need, beside what this process loads itself."""
+    if launcher == "local" and workers > 1 and _start_method(module) == "forkserver":
+        forkserver.ensure_running()
 
 
 def _start_method(module: str) -> str:

@@ -123,3 +123,33 @@ def test_prepare_writes_data_that_train_takes(tmp_path, capsys):
     done = command.call("evaluate", tmp_path / "runs/run", "--split", "valid", "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/run/metrics-valid.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "ahead"),
+    [
+        (["train", "absent.toml", "--workers", "2"], "msr_dist.train"),
+        (["train", "absent.toml", "--workers", "2", "--dry-run"], None),
+        (["evaluate", "absent", "--workers", "2"], "msr_dist.evaluate"),
+        (["export-index", "absent", "--workers", "2"], "msr_dist.index"),
+    ],
+)
+def test_local_ranks_begin_to_load_before_the_run_is_read(capsys, monkeypatch, words, ahead):
+    begun = []
+    monkeypatch.setattr("msr_dist.cli.load_ahead", lambda *given: begun.append(given))
+    refused(capsys, *words)
+    assert begun == ([("local", 2, ahead)] if ahead else [])
+
+
+@pytest.mark.parametrize(
+    ("launcher", "workers", "begins"), [("local", 2, True), ("local", 1, False), ("ray", 2, False)]
+)
+def test_only_local_ranks_of_which_there_are_several_are_copies(launcher, workers, begins):
+    code = (
+        "from msr_dist.launch import load_ahead\n"
+        "import psutil, sys\n"
+        f"load_ahead({launcher!r}, {workers}, 'json')\n"
+        "print(any('forkserver' in ' '.join(child.cmdline()) for child in psutil.Process().children()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == f"{begins}\n", done.stderr
