@@ -5,7 +5,7 @@ import itertools
 import queue
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -22,6 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from msr_dist.batch import ScenarioBatch
 from msr_dist.config import Config
 from msr_dist.data.order import Order
+from msr_dist.data.parquet import Column, Lists
 from msr_dist.schema import OPEN_IDS, Feature, FeatureSchema
 
 
@@ -48,7 +48,7 @@ class LoaderConfig(Config):
 class Source(Protocol):
     """Row groups to read from."""
 
-    def read(self, group: int) -> pa.Table:
+    def read(self, group: int) -> Mapping[str, Column]:
         """The columns of the schema for one row group."""
         ...
 
@@ -68,8 +68,8 @@ class Rows:
 
     integers: Narrow
     """`[1 + T + F, n]`: scenario, labels, ids. One matrix, for a batch takes pieces of many."""
-    lists: tuple[tuple[Ints, Ints], ...]
-    """Per multi-valued feature: all values one after the other, and `[n + 1]` offsets into them."""
+    lists: tuple[tuple[Lists, Ints], ...]
+    """Per multi-valued feature, and `[n + 1]` offsets into its values."""
     numeric: Floats
     """`[N, n]`."""
     weights: Floats | None
@@ -161,12 +161,11 @@ class Loader:
 
     def decode(self, partition: int, epoch: int, window: int, groups: tuple[int, ...]) -> Rows:
         """One window of one partition, its rows in the order of `epoch`."""
-        table = pa.concat_tables([self._source.read(group) for group in groups])
-        each = self.together
-        permutation = self.order.permutation(partition, epoch, window, table.num_rows // each)
+        each, units = self.together, sum(self.order.group_rows[group] for group in groups)
+        permutation = self.order.permutation(partition, epoch, window, units)
         if permutation is not None and each > 1:
             permutation = (permutation[:, None] * each + np.arange(each)).ravel()
-        return _decode(table, self._schema, permutation)
+        return _decode([self._source.read(group) for group in groups], units * each, self._schema, permutation)
 
 
 class _Stream:
@@ -228,20 +227,21 @@ def has_weights(schema: FeatureSchema) -> bool:
     return any(label.weight or label.mask for label in schema.labels)
 
 
-def _decode(table: pa.Table, schema: FeatureSchema, permutation: Ints | None) -> Rows:
+def _decode(groups: Sequence[Mapping[str, Any]], rows: int, schema: FeatureSchema, permutation: Ints | None) -> Rows:
     def stack(names: list[str], dtype: type) -> npt.NDArray[Any]:
-        lines = np.empty((len(names), table.num_rows), dtype)
+        lines: Narrow = np.empty((len(names), rows), dtype)
+        straight: Narrow = np.empty(rows, dtype)
         for name, line in zip(names, lines, strict=True):
-            filled = 0
-            for chunk in table[name].iterchunks():
-                line[filled : filled + len(chunk)] = chunk.to_numpy(zero_copy_only=False)
-                filled += len(chunk)
-        # A permutation is never out of range: clipping only spares numpy a look at each of its numbers.
-        return lines if permutation is None else lines.take(permutation, axis=1, mode="clip")
+            out = line if permutation is None else straight
+            np.concatenate([group[name] for group in groups], out=out, casting="unsafe")
+            if permutation is not None:
+                # A permutation is never out of range: clipping only spares numpy a look at each of its numbers.
+                straight.take(permutation, out=line, mode="clip")
+        return lines
 
     weights = None
     if has_weights(schema):
-        weights = np.ones((len(schema.labels), table.num_rows), np.float32)
+        weights = np.ones((len(schema.labels), rows), np.float32)
         for line, label in zip(weights, schema.labels, strict=True):
             for (factor,) in (stack([name], np.float32) for name in (label.weight, label.mask) if name):
                 line *= factor
@@ -254,7 +254,7 @@ def _decode(table: pa.Table, schema: FeatureSchema, permutation: Ints | None) ->
     return Rows(
         integers=integers,
         lists=tuple(
-            _own_list(_decode_list(table[f.name], permutation), f, scenario, schema)
+            _decode_list([group[f.name] for group in groups], f, scenario, schema, permutation)
             for f in schema.features
             if f.pooling
         ),
@@ -272,63 +272,52 @@ def _own(ids: Narrow, scenario: Narrow, schema: FeatureSchema) -> None:
             line += np.array(schema.owners(), line.dtype)[scenario]
 
 
-def _own_list(
-    column: tuple[Ints, Ints], feature: Feature, scenario: Narrow, schema: FeatureSchema
-) -> tuple[Ints, Ints]:
-    values, offsets = column
+def _decode_list(
+    groups: Sequence[Lists], feature: Feature, scenario: Narrow, schema: FeatureSchema, permutation: Ints | None
+) -> tuple[Lists, Ints]:
+    values: Narrow = np.concatenate([group.values for group in groups], dtype=id_type(schema), casting="unsafe")
+    lengths = np.concatenate([group.lengths for group in groups], dtype=np.int64)
+    if permutation is not None:
+        rows = map(torch.from_numpy, (permutation.astype(np.int32), lengths, values))
+        moved = torch.ops.fbgemm.permute_1D_sparse_data(*rows, None, len(values))
+        lengths, values = moved[0].numpy(), moved[1].numpy()
     copies = schema.copies(schema.table(feature.table))
     if copies > 1:
-        owner = np.array(schema.owners())[scenario]
-        values = values[offsets[0] : offsets[-1]] * copies + np.repeat(owner, np.diff(offsets))
-        offsets = offsets - offsets[0]
-    return values, offsets
-
-
-def _decode_list(column: pa.ChunkedArray, permutation: Ints | None) -> tuple[Ints, Ints]:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
-    values, offsets = array.values.to_numpy(), array.offsets.to_numpy().astype(np.int64)
-    if permutation is None:
-        return values, offsets
-    lengths, whence = np.diff(offsets)[permutation], offsets[permutation]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    # Not arrow's take, which needs several times as long for lists.
-    places = np.repeat(whence - offsets[:-1], lengths)
-    places += np.arange(len(places))
-    return values.take(places, mode="clip"), offsets
+        values *= copies
+        values += np.repeat(np.array(schema.owners(), values.dtype)[scenario], lengths)
+    return Lists(values, lengths), np.concatenate([[0], np.cumsum(lengths)])
 
 
 def _assemble(schema: FeatureSchema, parts: list[Part], numbers: Ints, rows_per_rank: float) -> ScenarioBatch:
-    flat = [
-        (values[offsets[part.start] : offsets[part.stop]], np.diff(offsets[part.start : part.stop + 1]))
+    lists = [
+        (column.values[offsets[part.start] : offsets[part.stop]], column.lengths[part.start : part.stop])
         for of_parts in zip(*(part.rows.lists for part in parts), strict=True)
-        for part, (values, offsets) in zip(parts, of_parts, strict=True)
+        for part, (column, offsets) in zip(parts, of_parts, strict=True)
     ]
     lines, rows, labels = len(parts[0].rows.integers), len(numbers), len(schema.labels)
     # Ids come last, so that those of lists can follow them.
-    integers = torch.empty(lines * rows + sum(len(values) for values, _ in flat), dtype=torch.int64)
+    integers = torch.empty(lines * rows + sum(len(values) for values, _ in lists), dtype=torch.int64)
     whole = integers[: lines * rows].view(lines, rows)
     # In two steps: many pieces are copied fast only where they need no conversion.
     whole.copy_(_side_by_side([rows.integers[:, start:stop] for rows, start, stop in parts]))
     ids, lengths = integers[(1 + labels) * rows :], _ones((lines - 1 - labels) * rows)
-    if flat:
-        np.concatenate([values for values, _ in flat], out=ids[len(lengths) :].numpy())
-        lengths = torch.cat([lengths, _side_by_side([lengths for _, lengths in flat])])
-    row = torch.from_numpy(numbers)
+    if lists:
+        np.concatenate([values for values, _ in lists], out=ids[len(lengths) :].numpy())
+        lengths = torch.cat([lengths, _side_by_side([lengths for _, lengths in lists])])
     weights = torch.ones(rows, labels)
     if has_weights(schema):
         weights = _columns([rows.weights[:, start:stop] for rows, start, stop in parts if rows.weights is not None])
     numeric = torch.empty(rows, 0)
     if schema.numerics:
         numeric = _columns([rows.numeric[:, start:stop] for rows, start, stop in parts])
+    weights.numpy()[numbers == PADDING] = 0
     return ScenarioBatch(
         ids=KeyedJaggedTensor(keys=feature_names(schema), values=ids, lengths=lengths),
         numeric=numeric,
         scenario=whole[0],
-        labels=whole[1 : 1 + labels].T.to(torch.float32, memory_format=torch.contiguous_format),
-        weights=weights.masked_fill_((row == PADDING)[:, None], 0),
-        row=row,
+        labels=whole[1 : 1 + labels].float().T.contiguous(),
+        weights=weights,
+        row=torch.from_numpy(numbers),
         rows_per_rank=rows_per_rank,
     )
 

@@ -68,14 +68,18 @@ class Order:
         return tuple(tuple(sorted(groups)) for groups in dealt)
 
     @cached_property
+    def _rows_below(self) -> npt.NDArray[np.int64]:
+        """`partition_rows`, one below the other."""
+        return np.array(self.partition_rows)[:, None]
+
+    @cached_property
     def partition_rows(self) -> tuple[int, ...]:
         """Rows of each partition."""
         return tuple(sum(self.group_rows[group] for group in groups) for groups in self.partitions)
 
     def shares(self, step: int) -> npt.NDArray[np.int64]:
         """First and last + 1 place, in each partition's sequence of an epoch, of what its `step` reads: `[P, 2]`."""
-        rows = np.array(self.partition_rows)
-        return np.stack([step * rows // self.steps, (step + 1) * rows // self.steps], axis=1)
+        return np.arange(step, step + 2) * self._rows_below // self.steps
 
     def ends(self, partition: int, step: int, place: int) -> npt.NDArray[np.int64]:
         """Where, in the partition's sequence, `step` of an epoch and those after it end, as far as `place`."""

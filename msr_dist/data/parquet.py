@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from msr_dist.data.places import Place, Remote, one_line, store_failure
@@ -28,6 +30,19 @@ class RowGroup:
         return f"{self.file}, row group {self.index}"
 
 
+class Lists(NamedTuple):
+    """A column of lists."""
+
+    values: npt.NDArray[Any]
+    """Of all rows, one after the other."""
+    lengths: npt.NDArray[np.signedinteger[Any]]
+    """How many each row has: `[rows]`."""
+
+
+Column = npt.NDArray[Any] | Lists
+"""One value per row, or any number."""
+
+
 class ParquetSource:
     """The parquet files of one split, whose row groups it reads one by one.
 
@@ -44,7 +59,7 @@ class ParquetSource:
         """
         self.schema = schema
         self.columns = schema.columns()
-        self._bounds = list(_bounds(schema))
+        self._bounds = {column: (most, what) for column, most, what in _bounds(schema)}
         files: list[Place] = sorted(folder.glob("*.parquet"))
         if not files:
             raise ValueError(f"{folder}: no parquet files there; make the data with `msr-dist prepare`")
@@ -62,21 +77,48 @@ class ParquetSource:
         if empty is not None:
             raise ValueError(f"{empty}: holds no rows; remove the file, or prepare the data again")
 
-    def read(self, group: int) -> pa.Table:
-        """The columns of `FeatureSchema.columns` of one row group, each in one chunk."""
+    def read(self, group: int) -> dict[str, Column]:
+        """The columns of `FeatureSchema.columns` of one row group."""
         where = self.row_groups[group]
         opened = self._opened[where.file]
         try:
             # Buffered ahead, the columns of a row group come in one request, as far as they lie side by side.
             with pq.ParquetFile(opened.source, metadata=opened.footer, pre_buffer=True) as file:
-                table = file.read_row_group(where.index, columns=self.columns, use_threads=False).combine_chunks()
+                table = file.read_row_group(where.index, columns=self.columns, use_threads=False)
         except (OSError, pa.ArrowInvalid) as error:
             if (failure := store_failure(error)) is not None:
                 raise OSError(f"{where}: {failure}") from None
             raise ValueError(f"{where}: cannot be read, the file is damaged ({one_line(error)})") from None
-        for column, fault in self._faults(table):
-            raise ValueError(f"{where}, column {column!r}: {fault}; prepare the data again")
-        return table
+        (batch,) = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+        columns = zip(batch.schema.names, batch.columns, strict=True)
+        return {name: self._checked(where, name, array) for name, array in columns}
+
+    def _checked(self, where: RowGroup, name: str, array: pa.Array) -> Column:
+        def faulty(what: str) -> ValueError:
+            return ValueError(f"{where}, column {name!r}: {what}; prepare the data again")
+
+        if nulls := array.null_count:
+            raise faulty(f"{nulls} nulls")
+        lists = isinstance(array, pa.ListArray | pa.LargeListArray)
+        flat = array.flatten() if lists else array
+        if nulls := flat.null_count:
+            raise faulty(f"{nulls} nulls within lists")
+        values = flat.to_numpy(zero_copy_only=False)
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise faulty("NaN or infinite values")
+        if name in self._bounds and self._outside(name, values):
+            most, what = self._bounds[name]
+            worst = values.min() if values.min() < 0 else values.max()
+            raise faulty(f"value {worst}, but {what} run from 0 to {most}")
+        return Lists(values, np.diff(array.offsets.to_numpy())) if lists else values
+
+    def _outside(self, name: str, values: npt.NDArray[Any]) -> bool:
+        if values.dtype.kind == "b":
+            return False
+        if values.dtype.kind == "f":
+            return bool(values.min(initial=0) < 0)
+        # Once over them: seen as unsigned, negative numbers are huge.
+        return bool(values.view(_UNSIGNED[values.itemsize]).max(initial=0) > self._bounds[name][0])
 
     def _check_columns(self, file: Place, found: pa.Schema) -> None:
         for column, (expected, accepted) in self._expected_types().items():
@@ -105,25 +147,6 @@ class ParquetSource:
             if label.weight:
                 expected[label.weight] = ("a floating point number", pa.types.is_floating)
         return expected
-
-    def _faults(self, table: pa.Table) -> Iterator[tuple[str, str]]:
-        if not table.num_rows:
-            return
-        arrays = {name: column.chunk(0) for name, column in zip(table.column_names, table.itercolumns(), strict=True)}
-        for name, array in arrays.items():
-            if nulls := array.null_count:
-                yield name, f"{nulls} nulls"
-        for name, most, what in self._bounds:
-            array = arrays[name]
-            if _is_list(array.type):
-                array = array.flatten()
-                if nulls := array.null_count:
-                    yield name, f"{nulls} nulls within lists"
-            yield from _outside(name, array, most, what)
-        schema = self.schema
-        for name in (*(label.weight for label in schema.labels), *(numeric.name for numeric in schema.numerics)):
-            if name and pc.all(pc.is_finite(arrays[name])).as_py() is False:
-                yield name, "NaN or infinite values"
 
 
 def _bounds(schema: FeatureSchema) -> Iterator[tuple[str, float, str]]:
@@ -155,19 +178,7 @@ def _is_list(found: pa.DataType) -> bool:
     return bool(pa.types.is_list(found) or pa.types.is_large_list(found))
 
 
-def _outside(column: str, values: pa.Array, most: float, what: str) -> Iterator[tuple[str, str]]:
-    """What is below 0 or above `most`."""
-    if pa.types.is_boolean(values.type):
-        return
-    if pa.types.is_integer(values.type) and len(values) and not values.null_count:
-        # One pass and nothing else where all is well: seen as unsigned, negative numbers are huge.
-        plain = values.to_numpy()
-        if plain.view(f"u{plain.itemsize}").max() <= most:
-            return
-    extremes = pc.min_max(values).as_py()
-    for value in (extremes["min"], extremes["max"]):
-        if value is not None and not 0 <= value <= most:
-            yield column, f"value {value}, but {what} run from 0 to {most}"
+_UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
 @dataclass(frozen=True)
