@@ -6,11 +6,12 @@ python benchmarks/throughput.py step --model mmoe-small --workers 1 --workers 2
 python benchmarks/throughput.py end-to-end --data data/workload --model mmoe-full --workers 2 precision=bf16
 python benchmarks/throughput.py plain --data data/workload --model mmoe-small
 python benchmarks/throughput.py checkpoint --model mlp --times 10
+python benchmarks/throughput.py start --model mlp --workers 1 --workers 2
 python benchmarks/throughput.py lookup --rows 1_000_000 --rows 50_000_000 --precision fp16
 
 The unit is CPU-seconds per million rows, of all processes and threads together, each process with one thread for
 computing: other work on the machine hardly changes it. What happens before the loop is not part of it. Ways alternate
-within one run; figures are medians over rounds.
+within one run; figures are medians over rounds. Only `start` counts the wall's seconds, which is what a user waits for.
 """
 
 import functools
@@ -22,7 +23,10 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -33,7 +37,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TextIO, TypeVar
 
 import click
 
@@ -56,7 +60,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
 
 from msr_dist.batch import ScenarioBatch  # noqa: E402
 from msr_dist.checkpoint import CheckpointConfig, Checkpoints, TrainState, not_finite  # noqa: E402
-from msr_dist.config import merge, parse  # noqa: E402
+from msr_dist.config import dump, merge, parse  # noqa: E402
 from msr_dist.data.loader import Loader  # noqa: E402
 from msr_dist.data.order import Order  # noqa: E402
 from msr_dist.data.parquet import ParquetSource  # noqa: E402
@@ -71,6 +75,8 @@ from msr_dist.parallel import Sharded  # noqa: E402
 from msr_dist.recommender import PRECISIONS  # noqa: E402
 from msr_dist.run import RunConfig  # noqa: E402
 from msr_dist.schema import Feature, FeatureSchema, Label, Scenario, Table  # noqa: E402
+from msr_dist.stopping import STATUS  # noqa: E402
+from msr_dist.tracking import VALUES_FILE  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "throughput"
 DATA = Path(__file__).parents[1] / "data"
@@ -252,6 +258,60 @@ def end_to_end(given: Given, workers: Sequence[int], profile: Path | None, judge
     for model, count in itertools.product(given.models, workers):
         case = Case(given.run(model, count), ("parquet", "memory"), given.rounds, judge=judge, profile=profile)
         given.keep("end-to-end", model, apart(measure, case, count))
+
+
+@main.command()
+@_shared(trains=True)
+@_workers
+@click.option("--launcher", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+def start(given: Given, workers: Sequence[int], launcher: str) -> None:
+    """Wall seconds from the command `msr-dist train` to its first step, and from Ctrl-C to its end, all saved."""
+    for model, count in itertools.product(given.models, workers):
+        run = given.run(model, count)
+        with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
+            runs = [begin_and_stop(run, count, launcher, Path(folder) / str(n)) for n in range(given.rounds + 1)]
+        # The first finds files that are not in memory yet.
+        first_step, stop = (round(statistics.median(each), 1) for each in zip(*runs[1:], strict=True))
+        given.keep(
+            "start",
+            model,
+            {
+                "data": run.data.name,
+                "launcher": launcher,
+                "workers": count,
+                "rounds": given.rounds,
+                "first_step_seconds": first_step,
+                "stop_seconds": stop,
+            },
+        )
+
+
+def begin_and_stop(run: RunConfig, workers: int, launcher: str, folder: Path) -> tuple[float, float]:
+    """Seconds until the run's first step is recorded, and from an interrupt until the command has ended."""
+    folder.mkdir()
+    run = run.model_copy(update={"runs": folder, "log_every": 1})
+    config = folder / "run.toml"
+    config.write_text(dump(run))
+    words = ["train", str(config), "--workers", str(workers), "--launcher", launcher]
+    begun = time.perf_counter()
+    with open(folder / "said.txt", "w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "msr_dist", *words], cwd=Path(__file__).parents[1], stdout=said, stderr=said
+        )
+        values = run.folder / VALUES_FILE
+        while process.poll() is None and not (values.exists() and "train/loss" in values.read_text()):
+            time.sleep(0.02)
+        first_step = time.perf_counter() - begun
+        process.send_signal(signal.SIGINT)
+        # A short run may be over before it hears of it.
+        if process.wait() not in (0, STATUS):
+            raise ValueError(f"msr-dist {' '.join(words)} ended with {process.returncode}: {_end_of(said)}")
+    return first_step, time.perf_counter() - begun - first_step
+
+
+def _end_of(said: TextIO) -> str:
+    said.seek(0)
+    return " ".join(said.read().split()[-50:])
 
 
 @main.command()

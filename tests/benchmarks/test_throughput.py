@@ -56,6 +56,23 @@ def test_a_step_of_two_processes_and_its_trace(tmp_path, data):
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+def test_how_long_one_waits_for_the_first_step(tmp_path, data):
+    words = ("--data", data, "--model", "mlp", "--workers", 2, "--rounds", 1, "--batch-size", 60)
+    line = measured(tmp_path, "start", *words, *LESS)
+    assert (line["workers"], line["launcher"]) == (2, "local")
+    assert line["first_step_seconds"] > line["stop_seconds"] > 0
+
+
+def test_a_run_that_cannot_begin_is_told_in_one_line(tmp_path, data):
+    words = ("start", "--data", data, "--model", "mlp", "--rounds", 1, "--batch-size", 60)
+    done = command.call(*words, "--results", tmp_path, *LESS, "loader.partitions=1000", launched_by=THROUGHPUT)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert "ended with 2: " in line
+    assert "cannot feed 1000 partitions" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_epochs_beside_steps_in_memory_and_what_they_learn(tmp_path, data):
     words = ("--rounds", 2, "--batch-size", 60, "--workers", 2, "--judge", *LESS, "precision=bf16", "dense_rows=50")
     line = measured(tmp_path, "end-to-end", "--data", data, "--model", "mlp", *words)
