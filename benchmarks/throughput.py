@@ -11,7 +11,7 @@ python benchmarks/throughput.py lookup --rows 1_000_000 --rows 50_000_000 --prec
 
 The unit is CPU-seconds per million rows, of all processes and threads together, each process with one thread for
 computing: other work on the machine hardly changes it. What happens before the loop is not part of it. Ways alternate
-within one run; figures are medians over rounds. Only `start` counts the wall's seconds, which is what a user waits for.
+within one run; figures are medians over rounds. `start` and `checkpoint` give seconds of the wall: users wait for them.
 """
 
 import functools
@@ -266,6 +266,8 @@ def end_to_end(given: Given, workers: Sequence[int], profile: Path | None, judge
 @click.option("--launcher", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 def start(given: Given, workers: Sequence[int], launcher: str) -> None:
     """Wall seconds from the command `msr-dist train` to its first step, and from Ctrl-C to its end, all saved."""
+    if fixed := [word for word in given.settings if word.startswith(("runs=", "log_every="))]:
+        raise ValueError(f"{fixed[0]}: the command sets it itself, leave it out")
     for model, count in itertools.product(given.models, workers):
         run = given.run(model, count)
         with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
@@ -289,7 +291,7 @@ def start(given: Given, workers: Sequence[int], launcher: str) -> None:
 def begin_and_stop(run: RunConfig, workers: int, launcher: str, folder: Path) -> tuple[float, float]:
     """Seconds until the run's first step is recorded, and from an interrupt until the command has ended."""
     folder.mkdir()
-    run = run.model_copy(update={"runs": folder, "log_every": 1})
+    run = run.absolute().model_copy(update={"runs": folder, "log_every": 1})
     config = folder / "run.toml"
     config.write_text(dump(run))
     words = ["train", str(config), "--workers", str(workers), "--launcher", launcher]
@@ -298,14 +300,19 @@ def begin_and_stop(run: RunConfig, workers: int, launcher: str, folder: Path) ->
         process = subprocess.Popen(
             [sys.executable, "-m", "msr_dist", *words], cwd=Path(__file__).parents[1], stdout=said, stderr=said
         )
-        values = run.folder / VALUES_FILE
-        while process.poll() is None and not (values.exists() and "train/loss" in values.read_text()):
-            time.sleep(0.02)
-        first_step = time.perf_counter() - begun
-        process.send_signal(signal.SIGINT)
-        # A short run may be over before it hears of it.
-        if process.wait() not in (0, STATUS):
-            raise ValueError(f"msr-dist {' '.join(words)} ended with {process.returncode}: {_end_of(said)}")
+        try:
+            values = run.folder / VALUES_FILE
+            while process.poll() is None and not (values.exists() and "train/loss" in values.read_text()):
+                time.sleep(0.02)
+            first_step = time.perf_counter() - begun
+            process.send_signal(signal.SIGINT)
+            if process.wait() == 0:
+                raise ValueError("the run was over before it was stopped: give it more epochs, stages.0.epochs=100")
+            if process.returncode != STATUS:
+                raise ValueError(f"msr-dist {' '.join(words)} ended with {process.returncode}: {_end_of(said)}")
+        finally:
+            process.kill()
+            process.wait()
     return first_step, time.perf_counter() - begun - first_step
 
 

@@ -6,7 +6,6 @@ Imports neither torch nor ray before it must: thread settings have to stand in t
 import atexit
 import ctypes
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -19,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -75,28 +73,36 @@ def _keep_memory() -> None:
             mallopt(parameter, int(os.environ[name]))
 
 
+_ENDED: list[int] = []
+"""The status with which this process is to end; empty while it is to end as others do."""
+
+
 def call_and_leave(command: Callable[[], object]) -> None:
-    """Call what a process is for, and end the process with its status as soon as all exit handlers were called.
+    """Call what a process is for, and end the process with its status as soon as exit handlers were called.
 
     Otherwise the interpreter takes all objects apart that libraries have made, which takes two seconds where torch and
     TorchRec are loaded, and changes nothing.
     """
-    status: list[int] = []
-    # Of exit handlers, the first to be registered is the last to be called.
-    atexit.register(_leave, status)
     try:
         command()
     except SystemExit as ended:
-        status += [ended.code] if isinstance(ended.code, int) else []
+        if isinstance(ended.code, int):
+            _ENDED.append(ended.code)
         raise
 
 
-def _leave(status: Sequence[int]) -> None:
-    if status:
+def _leave() -> None:
+    if _ENDED:
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status[0])
+        for stream in (sys.stdout, sys.stderr):
+            # Whoever read it may be gone, which must not undo what was done.
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(_ENDED[0])
+
+
+# Exit handlers are called last one first: this one after those of all that is loaded from here on.
+atexit.register(_leave)
 
 
 def world_size() -> int:
@@ -249,7 +255,7 @@ class _Processes:
                 (self._workers, meeting, dict(os.environ), call),
                 self._workers,
                 join=False,
-                start_method=_start_method(call.function.__module__),
+                start_method=_start_method(getattr(call.function, "func", call.function).__module__),
             )
             pids += context.pids()
             if stopping.asked():
@@ -272,7 +278,24 @@ class _Processes:
 def load_ahead(launcher: Launcher, workers: int, module: str) -> None:
     """Begin to load what local ranks that call a function of `module` need, beside what this process loads itself."""
     if launcher == "local" and workers > 1 and _start_method(module) == "forkserver":
+        from multiprocessing import forkserver
+
+        # Ctrl-C is this process's to answer; ranks hear of it again.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        atexit.register(_load_no_more)
+
+
+def _load_no_more() -> None:
+    """What loads for ranks would go on with it, and keep the output open, where this process has ended before."""
+    from multiprocessing import forkserver
+
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()
 
 
 def _start_method(module: str) -> str:
@@ -282,6 +305,8 @@ def _start_method(module: str) -> str:
     it takes to start one is saved, and in a process that launches again, for all of them. On GPUs every rank starts
     from nothing, for CUDA does not outlive such a copy.
     """
+    import multiprocessing
+
     import torch
 
     if torch.version.cuda is not None:
@@ -293,6 +318,7 @@ def _start_method(module: str) -> str:
 def _rank(rank: int, workers: int, meeting: Path, environment: dict[str, str], call: _Call[Any]) -> None:
     from msr_dist.distributed import MEETING
 
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     # That of the process which launches, as it is now.
     os.environ.clear()
     os.environ |= environment
@@ -301,7 +327,8 @@ def _rank(rank: int, workers: int, meeting: Path, environment: dict[str, str], c
     os.environ[MEETING] = str(meeting)
     call()
     # All is done and on disk: what native threads do while the interpreter is taken apart must not fail the run.
-    _leave([0])
+    _ENDED.append(0)
+    _leave()
 
 
 def _last_line(error: Exception) -> str:

@@ -1,7 +1,11 @@
+import os
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
+import torch
 
 import canonical
 import command
@@ -141,15 +145,37 @@ def test_local_ranks_begin_to_load_before_the_run_is_read(capsys, monkeypatch, w
     assert begun == ([("local", 2, ahead)] if ahead else [])
 
 
-@pytest.mark.parametrize(
-    ("launcher", "workers", "begins"), [("local", 2, True), ("local", 1, False), ("ray", 2, False)]
-)
-def test_only_local_ranks_of_which_there_are_several_are_copies(launcher, workers, begins):
+LAUNCHES = [("local", 2, torch.version.cuda is None), ("local", 1, False), ("ray", 2, False)]
+
+
+@pytest.mark.parametrize(("launcher", "workers", "begins"), LAUNCHES)
+def test_what_local_ranks_are_copies_of_ends_with_the_command(tmp_path, launcher, workers, begins):
+    """Before it has loaded all, and without a trace."""
+    (tmp_path / "endless.py").write_text("import time\ntime.sleep(200)\n")
     code = (
-        "from msr_dist.launch import load_ahead\n"
+        "from msr_dist.launch import call_and_leave, load_ahead\n"
         "import psutil, sys\n"
-        f"load_ahead({launcher!r}, {workers}, 'json')\n"
-        "print(any('forkserver' in ' '.join(child.cmdline()) for child in psutil.Process().children()))\n"
+        "def command():\n"
+        f"    load_ahead({launcher!r}, {workers}, 'endless')\n"
+        "    print(any('forkserver' in ' '.join(child.cmdline()) for child in psutil.Process().children()))\n"
+        "    sys.exit(3)\n"
+        "call_and_leave(command)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout == f"{begins}\n", done.stderr
+    (tmp_path / "tmp").mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (3, f"{begins}\n"), done.stderr
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_ctrl_c_while_ranks_load_is_no_traceback(tmp_path, data):
+    config = command.write_config(tmp_path, data)
+    words = [*command.COMMAND, "train", str(config), "--workers", "2"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not any("forkserver" in " ".join(child.cmdline()) for child in psutil.Process(process.pid).children()):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said.strip() == "Aborted!"

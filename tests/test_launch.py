@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -92,3 +93,23 @@ def test_a_process_is_left_once_its_exit_handlers_were_called(end, status, left)
     assert done.stdout == "said\nhandler\n"
     assert ("taken apart" in done.stderr) == (not left)
     assert ("why" in done.stderr or "ZeroDivisionError" in done.stderr) == (status == 1)
+
+
+def test_what_was_printed_may_be_read_by_nobody():
+    code = (
+        "import sys\n"
+        "from msr_dist.launch import call_and_leave\n"
+        "def command():\n"
+        "    print('said')\n"
+        "    sys.exit(3)\n"
+        "call_and_leave(command)\n"
+    )
+    # What is printed waits for the end.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    with process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 3

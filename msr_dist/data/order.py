@@ -68,8 +68,8 @@ class Order:
         return tuple(tuple(sorted(groups)) for groups in dealt)
 
     @cached_property
-    def _rows_below(self) -> npt.NDArray[np.int64]:
-        """`partition_rows`, one below the other."""
+    def _partition_column(self) -> npt.NDArray[np.int64]:
+        """`partition_rows`, `[P, 1]`."""
         return np.array(self.partition_rows)[:, None]
 
     @cached_property
@@ -79,7 +79,7 @@ class Order:
 
     def shares(self, step: int) -> npt.NDArray[np.int64]:
         """First and last + 1 place, in each partition's sequence of an epoch, of what its `step` reads: `[P, 2]`."""
-        return np.arange(step, step + 2) * self._rows_below // self.steps
+        return np.arange(step, step + 2) * self._partition_column // self.steps
 
     def ends(self, partition: int, step: int, place: int) -> npt.NDArray[np.int64]:
         """Where, in the partition's sequence, `step` of an epoch and those after it end, as far as `place`."""

@@ -84,12 +84,12 @@ class ParquetSource:
         try:
             # Buffered ahead, the columns of a row group come in one request, as far as they lie side by side.
             with pq.ParquetFile(opened.source, metadata=opened.footer, pre_buffer=True) as file:
-                table = file.read_row_group(where.index, columns=self.columns, use_threads=False)
+                table = file.read_row_group(where.index, columns=self.columns, use_threads=False).combine_chunks()
         except (OSError, pa.ArrowInvalid) as error:
             if (failure := store_failure(error)) is not None:
                 raise OSError(f"{where}: {failure}") from None
             raise ValueError(f"{where}: cannot be read, the file is damaged ({one_line(error)})") from None
-        (batch,) = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+        (batch,) = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
         columns = zip(batch.schema.names, batch.columns, strict=True)
         return {name: self._checked(where, name, array) for name, array in columns}
 

@@ -33,6 +33,16 @@ def test_good_data_are_read_by_row_group(tmp_path):
         assert [row.tolist() for row in rows] == expected[name].to_pylist()
 
 
+def test_a_row_group_without_rows(tmp_path):
+    with pq.ParquetWriter(tmp_path / "part-00000.parquet", GOOD.schema) as writer:
+        for rows in (GOOD.slice(0, 10), GOOD.slice(0, 0), GOOD.slice(10, 30)):
+            writer.write_table(rows)
+    subject = ParquetSource(tmp_path, canonical.schema())
+    assert [group.rows for group in subject.row_groups] == [10, 0, 30]
+    for column in subject.read(1).values():
+        assert len(column.values) == len(column.lengths) == 0 if isinstance(column, Lists) else len(column) == 0
+
+
 @pytest.mark.parametrize(
     ("column", "value", "says"),
     [
