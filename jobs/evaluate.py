@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from msr_dist import stopping
-from msr_dist.launch import LaunchError, call_and_leave, launch, log_to_stderr, set_threads
+from msr_dist.launch import LaunchError, call_and_leave, launch, loading, log_to_stderr, set_threads
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,10 +31,11 @@ def main(run: Path, split: str, workers: int, restarts: int) -> None:
     log_to_stderr()
     # Before torch is loaded.
     set_threads(workers)
-    from rich.console import Console
+    with loading():
+        from rich.console import Console
 
-    from msr_dist.evaluate import evaluate, metrics_file, report_table
-    from msr_dist.run import read_run
+        from msr_dist.evaluate import evaluate, metrics_file, report_table
+        from msr_dist.run import read_run
 
     try:
         chosen = read_run(run)

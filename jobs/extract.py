@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from msr_dist.launch import LaunchError, call_and_leave, log_to_stderr, set_threads
+from msr_dist.launch import LaunchError, call_and_leave, loading, log_to_stderr, set_threads
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,10 +34,11 @@ def main(config: Path, settings: tuple[str, ...], workers: int, retries: int, re
     log_to_stderr()
     # Before torch is loaded.
     set_threads(os.cpu_count() or 1)
-    from rich.console import Console
+    with loading():
+        from rich.console import Console
 
-    from msr_dist.config import load
-    from msr_dist.extract import ExtractConfig, extract
+        from msr_dist.config import load
+        from msr_dist.extract import ExtractConfig, extract
 
     try:
         summary = extract(load(ExtractConfig, config, settings), "ray", workers, retries, retry_failed)

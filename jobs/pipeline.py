@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from msr_dist import stopping
-from msr_dist.launch import LaunchError, call_and_leave, log_to_stderr, set_threads
+from msr_dist.launch import LaunchError, call_and_leave, loading, log_to_stderr, set_threads
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,11 +36,12 @@ def main(config: Path, settings: tuple[str, ...], workers: int, restarts: int) -
     log_to_stderr()
     # Before torch is loaded.
     set_threads(os.cpu_count() or 1)
-    from rich.console import Console
+    with loading():
+        from rich.console import Console
 
-    from msr_dist.config import load
-    from msr_dist.evaluate import report_table
-    from msr_dist.pipeline import PipelineConfig, pipeline
+        from msr_dist.config import load
+        from msr_dist.evaluate import report_table
+        from msr_dist.pipeline import PipelineConfig, pipeline
 
     try:
         chosen = load(PipelineConfig, config, settings)

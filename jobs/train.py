@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from msr_dist.launch import LaunchError, call_and_leave, launch, log_to_stderr, set_threads
+from msr_dist.launch import LaunchError, call_and_leave, launch, loading, log_to_stderr, set_threads
 from msr_dist.stopping import STATUS, Stopped
 
 
@@ -35,13 +35,14 @@ def main(config: Path, settings: tuple[str, ...], workers: int, restarts: int, m
     log_to_stderr()
     # Before torch is loaded.
     set_threads(workers)
-    from rich.console import Console
+    with loading():
+        from rich.console import Console
 
-    from msr_dist.config import load
-    from msr_dist.evaluate import report_table
-    from msr_dist.ray_metrics import shown
-    from msr_dist.run import RunConfig
-    from msr_dist.train import check, fewer_workers
+        from msr_dist.config import load
+        from msr_dist.evaluate import report_table
+        from msr_dist.ray_metrics import shown
+        from msr_dist.run import RunConfig
+        from msr_dist.train import check, fewer_workers
 
     try:
         run = load(RunConfig, config, settings).absolute()

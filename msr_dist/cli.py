@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from msr_dist import stopping
-from msr_dist.launch import Launcher, LaunchError, launch, load_ahead, log_to_stderr, set_threads, world_size
+from msr_dist.launch import Launcher, LaunchError, launch, load_ahead, loading, log_to_stderr, set_threads, world_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,12 +173,13 @@ def train(
     if min_workers is not None and launcher != "ray":
         raise ValueError("--min-workers is for --launcher ray: the workers of one machine come and go together")
     workers = _begin(launcher, workers, None if dry_run else "msr_dist.train")
-    from msr_dist.config import dump, load
-    from msr_dist.distributed import is_first
-    from msr_dist.ray_metrics import shown
-    from msr_dist.run import RunConfig
-    from msr_dist.train import check, fewer_workers
-    from msr_dist.train import train as train_run
+    with loading():
+        from msr_dist.config import dump, load
+        from msr_dist.distributed import is_first
+        from msr_dist.ray_metrics import shown
+        from msr_dist.run import RunConfig
+        from msr_dist.train import check, fewer_workers
+        from msr_dist.train import train as train_run
 
     run = load(RunConfig, config, settings).absolute()
     check(run, workers)
@@ -234,11 +235,12 @@ def plan(
       msr-dist train run.toml --workers 2 parallel.plan=plan.toml
     """
     set_threads(1)
-    from rich.console import Console
+    with loading():
+        from rich.console import Console
 
-    from msr_dist.config import load
-    from msr_dist.plan import Machines, Planner, read_schema, size_text
-    from msr_dist.run import RunConfig
+        from msr_dist.config import load
+        from msr_dist.plan import Machines, Planner, read_schema, size_text
+        from msr_dist.run import RunConfig
 
     wanted = Machines.of(**machines)
     run = load(RunConfig, config, settings).absolute()
@@ -282,9 +284,10 @@ def evaluate(run: Path, split: str, launcher: Launcher, workers: int, restarts: 
       msr-dist evaluate runs/quickstart --split valid --workers 2
     """
     workers = _begin(launcher, workers, "msr_dist.evaluate")
-    from msr_dist.distributed import is_first
-    from msr_dist.evaluate import evaluate as evaluate_run
-    from msr_dist.run import read_run
+    with loading():
+        from msr_dist.distributed import is_first
+        from msr_dist.evaluate import evaluate as evaluate_run
+        from msr_dist.run import read_run
 
     chosen = read_run(run)
     _everywhere(partial(evaluate_run, split=split), chosen, launcher, workers, restarts)
@@ -308,13 +311,14 @@ def export_index(run: Path, settings: tuple[str, ...], launcher: Launcher, worke
       msr-dist export-index runs/sass neighbours=48 search_width=256 --workers 2
     """
     workers = _begin(launcher, workers, "msr_dist.index")
-    from rich.console import Console
+    with loading():
+        from rich.console import Console
 
-    from msr_dist.config import merge, parse
-    from msr_dist.distributed import is_first
-    from msr_dist.index import FOLDER, IndexConfig, read_manifest
-    from msr_dist.index import export_index as export
-    from msr_dist.run import read_run
+        from msr_dist.config import merge, parse
+        from msr_dist.distributed import is_first
+        from msr_dist.index import FOLDER, IndexConfig, read_manifest
+        from msr_dist.index import export_index as export
+        from msr_dist.run import read_run
 
     chosen = read_run(run)
     wanted = parse(IndexConfig, merge({}, settings), where="export-index")
@@ -341,12 +345,13 @@ def retrieve(run: Path, user: str, scenario: str, k: int) -> None:
       msr-dist retrieve runs/sass --user 1024 --scenario home -k 5
     """
     set_threads(1)
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    with loading():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
 
-    from msr_dist.index import retrieve as find
-    from msr_dist.run import read_run
+        from msr_dist.index import retrieve as find
+        from msr_dist.run import read_run
 
     table = Table(title=Text(f"user {user}, {scenario}"))
     for heading in ("", "item", "about", "cosine"):
@@ -373,7 +378,8 @@ def report(run: Path, against: tuple[Path, ...]) -> None:
       msr-dist report runs/llm4msr --against elsewhere/star --against elsewhere/star-seed1
     """
     set_threads(1)
-    from msr_dist.report import write
+    with loading():
+        from msr_dist.report import write
 
     file, tracked = write(run, against)
     click.echo(f"report   {_near(file)}{' (and in MLflow)' if tracked else ''}")
@@ -415,11 +421,12 @@ def extract(
         raise ValueError("extract starts its own workers: call it without torchrun, with --workers")
     # Before torch is loaded. Each worker has one thread, so that vectors do not depend on how many workers there are.
     set_threads(os.cpu_count() or 1)
-    from rich.console import Console
+    with loading():
+        from rich.console import Console
 
-    from msr_dist.config import load
-    from msr_dist.extract import ExtractConfig
-    from msr_dist.extract import extract as extract_all
+        from msr_dist.config import load
+        from msr_dist.extract import ExtractConfig
+        from msr_dist.extract import extract as extract_all
 
     chosen = load(ExtractConfig, config, settings)
     summary = extract_all(chosen, launcher, workers, restarts, retry_failed)
@@ -459,7 +466,8 @@ def compress(store: Path, width: int, precision: "Precision", whiten: bool, samp
       msr-dist compress knowledge/ml-1m --width 128 --precision int8
     """
     set_threads(1)
-    from msr_dist.llm.compress import compress as compress_store
+    with loading():
+        from msr_dist.llm.compress import compress as compress_store
 
     report = compress_store(store, width, whiten=whiten, precision=precision, sample=sample, seed=seed)
     click.echo(f"{'made' if report.made else 'was there already'}: {report.folder}, {report.users:,} users")
@@ -484,8 +492,9 @@ def prompts(config: Path, settings: tuple[str, ...], user: str | None, scenario:
       msr-dist prompts jobs/configs/extract-movielens.toml prompts.user_template=mine.txt --user 4711
     """
     set_threads(1)
-    from msr_dist.config import load
-    from msr_dist.extract import ExtractConfig, show_prompts
+    with loading():
+        from msr_dist.config import load
+        from msr_dist.extract import ExtractConfig, show_prompts
 
     shared = ""
     for shown in show_prompts(load(ExtractConfig, config, settings), user, scenario):

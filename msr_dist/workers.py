@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
-from msr_dist.launch import Launcher, LaunchError, connect, log_to_stderr, set_threads
+from msr_dist.launch import Launcher, LaunchError, connect, loaded, log_to_stderr, set_threads
 
 log = logging.getLogger(__name__)
 
@@ -236,6 +236,7 @@ class _Served:
         return self._answer(lambda: worker(piece))
 
     def _prepare(self) -> None:
+        loaded()
         self._worker = self._make()
 
     def _answer(self, function: Callable[[], Any]) -> _Answer:

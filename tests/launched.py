@@ -1,5 +1,6 @@
 """Functions that tests launch in other processes."""
 
+import gc
 import json
 import os
 import random
@@ -43,6 +44,7 @@ def report_world(folder: Path) -> None:
         dist.all_gather_object(ranks, world.rank)
         known = {"rank": world.rank, "world_size": world.world_size, "ranks": ranks, "local": world.local_rank}
         settings = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
+        settings["garbage"] = [gc.isenabled(), *gc.get_threshold(), gc.get_freeze_count() > 100_000]
         (folder / f"rank-{world.rank}.json").write_text(json.dumps(known | settings))
 
 

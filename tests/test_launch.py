@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import subprocess
@@ -22,6 +23,8 @@ def test_workers_know_each_other(tmp_path, launcher):
     assert [entry["rank"] for entry in known] == [0, 1]
     assert all(entry["ranks"] == [0, 1] for entry in known)
     assert all(entry["OMP_WAIT_POLICY"] == "passive" for entry in known)
+    # Looked for as usual, but not in what was loaded.
+    assert all(entry["garbage"] == [True, *gc.get_threshold(), True] for entry in known)
 
 
 def test_ranks_see_the_environment_as_it_is_when_they_are_launched(tmp_path, monkeypatch):
@@ -61,6 +64,26 @@ def test_restarts_are_counted(tmp_path):
     with pytest.raises(LaunchError, match="a fault of ours"):
         launch(launched.always_fail, tmp_path, "local", 2, tmp_path, restarts=1)
     assert "Traceback" in (tmp_path / "failure.txt").read_text()
+
+
+def test_garbage_is_not_looked_for_while_libraries_load():
+    code = (
+        "import gc\n"
+        "from msr_dist.launch import begin_worker, loaded, loading\n"
+        "usual = gc.get_threshold()\n"
+        "try:\n"
+        "    with loading():\n"
+        "        print(gc.isenabled())\n"
+        "        import absent\n"
+        "except ImportError:\n"
+        "    print(gc.isenabled(), gc.get_threshold() == usual, gc.get_freeze_count() > 0)\n"
+        "begin_worker()\n"
+        "print(gc.isenabled(), gc.get_threshold()[0] > 10_000)\n"
+        "loaded()\n"
+        "print(gc.isenabled(), gc.get_threshold() == usual)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["False", "True", "True", "True", "True", "True", "True", "True"], done.stderr
 
 
 LEAVING = """
