@@ -86,6 +86,18 @@ def test_garbage_is_not_looked_for_while_libraries_load():
     assert done.stdout.split() == ["False", "True", "True", "True", "True", "True", "True", "True"], done.stderr
 
 
+def test_no_library_complains_where_the_interpreter_is_taken_apart():
+    code = (
+        "from msr_dist.launch import loading\n"
+        "with loading():\n"
+        "    import duckdb\n"
+        "duckdb.sql('select 1').fetchall()\n"
+        "raise SystemExit('done')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, "done\n")
+
+
 LEAVING = """
 import atexit, sys
 from msr_dist.launch import call_and_leave
