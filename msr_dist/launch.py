@@ -108,8 +108,8 @@ def _leave() -> None:
 
 # Exit handlers are called last one first: this one after those of all that is loaded from here on.
 atexit.register(_leave)
-# Where the interpreter takes all apart after all, then what `loaded` has set aside as well: libraries complain of objects
-# that remain.
+# Where the interpreter takes all apart after all, then what `loaded` has set aside as well: libraries complain of what
+# remains.
 atexit.register(gc.unfreeze)
 
 
