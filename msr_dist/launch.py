@@ -316,11 +316,13 @@ def load_ahead(launcher: Launcher, workers: int, module: str) -> None:
     if launcher == "local" and workers > 1 and _start_method(module) == "forkserver":
         from multiprocessing import forkserver
 
-        # Ctrl-C is this process's to answer; ranks hear of it again.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        forkserver.ensure_running()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         atexit.register(_load_no_more)
+        # Ctrl-C is this process's to answer; ranks hear of it again.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _load_no_more() -> None:
